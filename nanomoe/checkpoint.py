@@ -6,5 +6,4 @@
 __all__ = []
 
 # %% ../nbs/modules/00_checkpoint.ipynb #checkpoint-open
-#| default_exp checkpoint
-#| export
+# The code of this module is written in nbs/04_pretrain.ipynb.

@@ -6,5 +6,4 @@
 __all__ = []
 
 # %% ../nbs/modules/00_config.ipynb #config-open
-#| default_exp config
-#| export
+# The code of this module is written in nbs/02_attention.ipynb.

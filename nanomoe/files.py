@@ -6,5 +6,4 @@
 __all__ = []
 
 # %% ../nbs/modules/00_files.ipynb #files-open
-#| default_exp files
-#| export
+# The code of this module is written in nbs/00_tokenizer.ipynb.

@@ -6,5 +6,4 @@
 __all__ = []
 
 # %% ../nbs/modules/00_moe.ipynb #moe-open
-#| default_exp moe
-#| export
+# The code of this module is written in nbs/03_moe.ipynb.

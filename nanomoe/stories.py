@@ -6,5 +6,4 @@
 __all__ = []
 
 # %% ../nbs/modules/00_stories.ipynb #stories-open
-#| default_exp stories
-#| export
+# The code of this module is written in nbs/01_data.ipynb.
