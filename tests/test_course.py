@@ -1,7 +1,9 @@
 """What holds for every notebook of the course, for the README and for the package as a whole."""
+import ast
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from configparser import ConfigParser
@@ -36,11 +38,38 @@ def exported_modules(path):
     return set(re.findall(r"^#\| *(?:default_exp|exports?) +(\w+)", text, re.M))
 
 
-@pytest.mark.parametrize("path", LESSONS, **by_name)
-def test_a_lesson_opens_with_title_subtitle_exports_and_time(path):
+@pytest.mark.parametrize("path", [NBS / "index.ipynb", *LESSONS], **by_name)
+def test_the_first_cell_is_title_and_subtitle_alone(path):
+    "nbdev makes the page's title of this cell, and drops whatever else stands in it."
     first, *_ = cells(path)
     assert first["cell_type"] == "markdown"
-    assert re.match(r"# \S.*\n+> \S", source(first)), "the first cell is `# Title`, then `> subtitle`"
+    assert re.fullmatch(r"# [^\n]+\n\n> [^\n]+\n*", source(first))
+
+
+@pytest.mark.parametrize("path", LESSONS, **by_name)
+def test_import_cells_hold_only_imports(path):
+    "To build the site nbdev runs each cell that imports something, and none of the lesson before it."
+    for cell in cells(path, "code"):
+        code = source(cell)
+        if re.search(r"^#\| *exports?\b", code, re.M):
+            continue
+        kinds = {isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(re.sub(r"^[%!].*$", "", code, flags=re.M)).body}
+        assert len(kinds) < 2, code
+
+
+@pytest.mark.parametrize("path", LESSONS, **by_name)
+def test_the_site_shows_the_source_of_what_is_exported(path):
+    "nbdev hides the source of a function under `#| export`; `#| exports` shows it."
+    for cell in cells(path, "code"):
+        code = source(cell)
+        if re.search(r"^#\| *export\b", code, re.M):
+            public = [n.name for n in ast.parse(code).body
+                      if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
+            assert not public, f"say `#| exports`: {public}"
+
+
+@pytest.mark.parametrize("path", LESSONS, **by_name)
+def test_a_lesson_opens_with_what_it_exports_and_how_long_it_takes(path):
     opening = prose(path)[:2000]
     for module in exported_modules(path):
         assert f"nanomoe.{module}" in opening, f"the opening does not say that it exports nanomoe.{module}"
@@ -96,6 +125,23 @@ def test_the_site_lists_the_lessons_in_order():
     assert config["execute"] == {"enabled": False}
     listed = re.findall(r"href: (\d\d_\w+\.ipynb)\n\s+text: \d", (ROOT / "_quarto.yml").read_text(encoding="utf-8"))
     assert listed == [p.name for p in LESSONS]
+
+
+def test_the_pages_of_the_site_can_be_made(tmp_path):
+    "What nbdev_docs does before it calls Quarto, with nbdev's functions, which do not try to install it."
+    for name in ("nbs", "nanomoe"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("_quarto.yml", "__pycache__", ".ipynb_checkpoints"))
+    for name in ("settings.ini", "_quarto.yml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "_quarto.yml", tmp_path / "nbs")  # a link in the repository, where the system has links
+    code = ("from nbdev.quarto import refresh_quarto_yml; from nbdev.serve import proc_nbs\n"
+            "refresh_quarto_yml(); proc_nbs(n_workers=0)")
+    made = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
+    assert made.returncode == 0, made.stderr[-3000:]
+    for lesson in LESSONS:
+        page = cells(tmp_path / "_proc" / lesson.name)
+        assert source(page[0]).startswith("---\n") and "title: " in source(page[0])
+        assert any("show_doc(" in source(c) for c in page), f"{lesson.name} documents nothing"
 
 
 def test_the_readme_is_the_home_page():
