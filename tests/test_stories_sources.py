@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanomoe.files import UserError
@@ -65,6 +65,7 @@ def test_every_format_tells_the_same_stories(tmp_path, suffix):
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip), min_size=2, max_size=8))
+@settings(max_examples=30)
 def test_any_text_comes_through_jsonl_and_parquet(tmp_path_factory, stories):
     folder = tmp_path_factory.mktemp("any")
     for suffix in (".jsonl", ".parquet"):
