@@ -318,9 +318,9 @@ def open_stories(source: str | Path,         # "storybook", "tinystories", or th
     "Stories, one by one: the memory this takes does not depend on how many there are."
     if split not in ("train", "val"):
         raise UserError(f"There is no split {split!r}: it is train or val.")
-    if str(source) == "storybook":
+    if source == "storybook":
         return _read_storybook(split, limit, seed)
-    if str(source) == "tinystories":
+    if source == "tinystories":
         texts = _read_hub(split)
     else:
         texts = _read_path(Path(source).expanduser(), split)

@@ -104,6 +104,13 @@ def test_paths_may_be_relative_or_start_at_home(tmp_path, monkeypatch):
     assert texts("sub/a.txt") == texts("sub") == texts("~/sub") == texts(Path("sub")) == ["Two."]
 
 
+def test_a_path_object_is_a_path_even_if_it_is_called_storybook(tmp_path, monkeypatch):
+    write(tmp_path / "storybook" / "a.txt", ["One.", "Two."])
+    monkeypatch.chdir(tmp_path)
+    assert texts(Path("storybook")) == texts("./storybook") == ["Two."]
+    assert next(open_stories("storybook")).theme
+
+
 def test_limit_counts_the_stories_of_the_split(tmp_path):
     path = write(tmp_path / "a.jsonl", [f"Story {i}." for i in range(200)])
     assert texts(path, limit=3) == ["Story 1.", "Story 2.", "Story 3."]
