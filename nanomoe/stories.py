@@ -65,6 +65,8 @@ def picker(seed: str):
     rng = random.Random(seed).random
     return lambda options: options[int(rng() * len(options))]
 
+_SLOT = re.compile(r"\{([^{}]*)\}")                  # the innermost braces
+
 def _capital(text: str) -> str: return text[:1].upper() + text[1:]
 
 def expand(text: str, pick, memory: dict) -> str:
@@ -76,7 +78,7 @@ def expand(text: str, pick, memory: dict) -> str:
         value = memory[key] if key in memory else expand(pick(open_book()[0][key.rstrip(" 0123456789")]), pick, memory)
         if name[-1].isdigit(): memory[key] = value
         return _capital(value) if name[0].isupper() else value
-    while "{" in text: text = re.sub(r"\{([^{}]*)\}", fill, text)
+    while "{" in text: text = _SLOT.sub(fill, text)
     return text
 
 # %% ../nbs/01_data.ipynb #13f1fea8
@@ -90,14 +92,15 @@ def outline(seed, i: int) -> tuple[str, str, list[str]]:
         values = pick(options.split(" | ")).split(" + ")
         memory.update(zip(names.split(" + "), (expand(value, pick, memory) for value in values)))
     lines = [pick(beat) for beat in beats]
-    while len(" ".join(lines).split()) > 215: lines = [pick(beat) for beat in beats]    # too long for a small story
-    lines.insert(0, pick(("{opening}", "@opening", "-")))
+    while (length := " ".join(lines).count(" ")) > 173 or '"' not in "".join(lines):
+        beat = pick(range(len(beats)))                 # too long, or nobody speaks: one beat again, or none
+        lines[beat] = "-" if "-" in beats[beat] else pick(beats[beat])
+    opening = pick(("{opening}", "@opening", "-"))
+    extra = pick(("thread", "closing")) if length < (168 if opening == "-" else 142) else "none"
     start, end = pick(words["thread " + memory.get("thread", "outdoor")]).split(" => ")
-    extra = pick(("thread", "closing", "closing", "none"))
-    if len(" ".join(lines).split()) > 190: extra = "none"                # long enough
     if extra == "thread": lines = lines[:(gap := lines.index("/"))] + [start] + lines[gap:] + [end]
     if extra == "closing": lines += ["/", pick(closings[theme])]
-    text = expand(" ".join(line for line in lines if line != "-"), pick, memory)
+    text = expand(" ".join(line for line in [opening] + lines if line != "-"), pick, memory)
     return theme, text.replace(" / ", "\n"), memory.get("heroes", "child animal thing").split()
 
 # %% ../nbs/01_data.ipynb #326b2898
@@ -130,11 +133,17 @@ def character(name: str, pick) -> Character:
 
 # %% ../nbs/01_data.ipynb #38093a9c
 _MARK = re.compile(r"@(\w+)")
-_AN = re.compile(r"\b([Aa]) (?=\[?(?:[aeio]|u(?!ni|se)|[AEIO]|hour|honest))(?!\[?one\b|\[?once\b)")
+_ARTICLE = re.compile(r"\b([Aa])n? (?=\[?(\w+))")
+_VOWEL = re.compile(r"(?!uni|use|usu|eu|one|once)[aeiou]|hour|honest|heir", re.I)
+
+def _article(match) -> str:
+    "a or an: it is the sound of the next word that counts."
+    return match[1] + ("n " if _VOWEL.match(match[2]) else " ")
 
 def perform(text: str, hero: Character, pal: Character, pick) -> str:
     "Fill every @mark in `text`: who, which pronoun, and what somebody of that kind does."
-    words, elder, met = open_book()[0], pick(open_book()[0][f"elder {hero.kind}"]), set()
+    words, met = open_book()[0], {}                    # met: how often we have met each of the two
+    elder = pick(words[f"elder {hero.kind}"])
     def fill(mark):
         key = mark[1].lower()
         who, _, form = key.rpartition("_")
@@ -142,12 +151,13 @@ def perform(text: str, hero: Character, pal: Character, pick) -> str:
         if form in PRONOUNS["it"]: value = PRONOUNS[person.pronoun][form]
         elif form == "name": value = person.call
         elif form in ("hero", "pal"):
-            value = pick(person.a_first if who == "a" else person.later if form in met else person.first)
-            met.add(form)
+            times = met[form] = met.get(form, 0) + 1
+            value = (pick(person.a_first if who == "a" else person.first) if times == 1 or who == "a" else
+                     person.later[0] if times == 2 else pick(person.later))
         elif form == "elder": value = elder
         else: value = _MARK.sub(fill, expand(pick(words[f"{key} {hero.kind}"]), pick, {}))
         return _capital(value) if mark[1][0].isupper() else value
-    return _AN.sub(r"\1n ", _MARK.sub(fill, text))
+    return _ARTICLE.sub(_article, _MARK.sub(fill, text))
 
 # %% ../nbs/01_data.ipynb #7fd8c91f
 _FRIENDS = (("girls", "boys", "pets she", "pets he"), ("boys", "girls", "pets he", "pets she"),
@@ -165,14 +175,16 @@ def tell(i: int, seed=0, protagonist: str | None = None) -> Story:
     "Story number i of a seed; `protagonist` tells the same tale about somebody else."
     theme, text, kinds = outline(seed, i)
     pick, words = picker(f"{seed} {i} cast"), open_book()[0]
-    pals = [character(pick(words[group]), pick) for group in pick(_FRIENDS)]
+    pals = [character(pick(words[group]), pick) for group in pick(_FRIENDS) * 2]
     props = set(re.findall(r"[a-z]+", text))
     hero = _draw(pick(kinds), pick)
     while {hero.noun, hero.noun + "s"} & props: hero = _draw(pick(kinds), pick)     # no kite may fly a kite
+    taken = {hero.name}
     if protagonist: hero = character(protagonist, pick)
-    pal = next(p for p in pals if p.pronoun != hero.pronoun and p.name != hero.name and p.noun != hero.noun)
+    taken |= {hero.name, hero.noun}
+    pal = next(pal for pal in pals if pal.pronoun != hero.pronoun and not {pal.name, pal.noun} & taken)
     text = perform(text, hero, pal, pick)
-    phrases = dict.fromkeys(re.findall(r"\[(.*?)\]", text))
+    phrases = dict.fromkeys(p for p in re.findall(r"\[(.*?)\]", text) if 1 <= p.count(" ") <= 2)
     return Story(re.sub(r"[\[\]]", "", text), hero.name, theme, tuple(phrases)[:8])
 
 def storybook(seed=0, n: int | None = None, start: int = 0) -> Iterator[Story]:
