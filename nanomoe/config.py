@@ -8,15 +8,14 @@ __all__ = ['ModelConfig', 'TrainConfig', 'Preset', 'preset', 'override']
 # %% ../nbs/modules/00_config.ipynb #config-open
 # The code of this module is written in nbs/02_attention.ipynb.
 
-# %% ../nbs/02_attention.ipynb #d37a80ff
-import types
+# %% ../nbs/02_attention.ipynb #0bdb1f59
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import NamedTuple, get_type_hints
 
 from .files import UserError
 
-# %% ../nbs/02_attention.ipynb #0bdb1f59
+# %% ../nbs/02_attention.ipynb #06106bdb
 @dataclass(frozen=True)
 class ModelConfig:
     "The shape of a model. The defaults are the `full` preset: 11,327,424 parameters, 7,788,480 of them active for a token."
@@ -40,23 +39,9 @@ class ModelConfig:
     @property
     def head_dim(self) -> int: return self.d_model // self.n_heads
 
-    def __post_init__(self):
-        for name in ("vocab_size d_model n_layers n_heads n_kv_heads d_ff num_experts top_k max_seq_len".split()):
-            _check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        _check(self.vocab_size <= 65_535, f"vocab_size={self.vocab_size} is over 65,535, the most that a uint16 token file can hold; choose a smaller vocabulary")
-        _check(self.d_model % self.n_heads == 0, f"n_heads={self.n_heads} does not divide d_model={self.d_model}; choose n_heads from {_divisors(self.d_model)}")
-        _check(self.head_dim % 2 == 0, f"d_model / n_heads = {self.head_dim} is odd, and rotary positions turn pairs of numbers; choose another n_heads")
-        _check(self.n_heads % self.n_kv_heads == 0, f"n_kv_heads={self.n_kv_heads} does not divide n_heads={self.n_heads}; choose n_kv_heads from {_divisors(self.n_heads)}")
-        _check(self.top_k <= self.num_experts, f"top_k={self.top_k} is more than num_experts={self.num_experts}; a token cannot visit more experts than there are")
-        _check(self.num_shared_experts >= 0, f"num_shared_experts={self.num_shared_experts} must be 0 or more")
-        _check(self.balance in ("aux", "bias", "none"), f'balance="{self.balance}" is unknown; choose "aux", "bias" or "none"')
+    def __post_init__(self): _check_model(self)
 
-def _check(ok, sentence):
-    if not ok: raise UserError(sentence + ".")
-
-def _divisors(n): return [d for d in range(1, n + 1) if n % d == 0]
-
-# %% ../nbs/02_attention.ipynb #06106bdb
+# %% ../nbs/02_attention.ipynb #826e2864
 @dataclass(frozen=True)
 class TrainConfig:
     "Everything about a training run that is not the model's shape."
@@ -84,19 +69,44 @@ class TrainConfig:
     compile: bool = False           # torch.compile the model
     seed: int = 0                   # of the weights, the batches and the samples
 
-    def __post_init__(self):
-        for name in "stories val_stories tokenizer_stories tokens batch_size grad_accum seq_len evals log_every".split():
-            _check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        for name in "lr muon_lr weight_decay min_lr grad_clip".split():
-            _check(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
-        for name in ("warmup", "decay"):
-            _check(0 <= getattr(self, name) <= 1, f"{name}={getattr(self, name)} is a share of the steps and lies between 0 and 1")
-        _check(self.optimizer in ("adamw", "muon"), f'optimizer="{self.optimizer}" is unknown; choose "adamw" or "muon"')
-        _check(self.dtype in ("float32", "bfloat16"), f'dtype="{self.dtype}" is unknown; choose "float32" or "bfloat16"')
+    def __post_init__(self): _check_training(self)
 
     @property
     def steps(self) -> int: # optimiser steps
         return max(1, self.tokens // (self.batch_size * self.grad_accum * self.seq_len))
+
+# %% ../nbs/02_attention.ipynb #1b2fd1db
+def _check(ok, sentence):
+    if not ok: raise UserError(sentence + ".")
+
+def _divisors(n): return [d for d in range(1, min(n, 128) + 1) if n % d == 0]
+
+def _at_least(config, least, names):
+    for name in names.split(): _check(getattr(config, name) >= least, f"{name}={getattr(config, name)} must be at least {least}")
+
+def _check_model(cfg):
+    _at_least(cfg, 1, "vocab_size d_model n_layers n_heads n_kv_heads d_ff num_experts top_k max_seq_len rope_theta")
+    _at_least(cfg, 0, "num_shared_experts load_balance_coef z_coef bias_rate")
+    _check(cfg.vocab_size <= 65_535, f"vocab_size={cfg.vocab_size} is over 65,535, the most that a uint16 token file can hold; choose a smaller vocabulary")
+    _check(cfg.norm_eps > 0, f"norm_eps={cfg.norm_eps} must be more than 0, for it keeps zeros from being divided by zero")
+    _check(cfg.d_model % 2 == 0, f"d_model={cfg.d_model} is odd, and rotary positions turn pairs of numbers; choose an even width")
+    _check(cfg.d_model % cfg.n_heads == 0, f"n_heads={cfg.n_heads} does not divide d_model={cfg.d_model}; choose n_heads from {_divisors(cfg.d_model // 2)}")
+    _check(cfg.head_dim % 2 == 0, f"d_model / n_heads = {cfg.head_dim} is odd, and rotary positions turn pairs of numbers; choose n_heads from {_divisors(cfg.d_model // 2)}")
+    _check(cfg.n_heads % cfg.n_kv_heads == 0, f"n_kv_heads={cfg.n_kv_heads} does not divide n_heads={cfg.n_heads}; choose n_kv_heads from {_divisors(cfg.n_heads)}")
+    _check(cfg.top_k <= cfg.num_experts, f"top_k={cfg.top_k} is more than num_experts={cfg.num_experts}; a token cannot visit more experts than there are")
+    _check(cfg.balance in ("aux", "bias", "none"), f'balance="{cfg.balance}" is unknown; choose "aux", "bias" or "none"')
+
+# %% ../nbs/02_attention.ipynb #0aadbdf4
+def _check_training(cfg):
+    _at_least(cfg, 1, "stories val_stories tokenizer_stories tokens batch_size grad_accum seq_len evals log_every")
+    _at_least(cfg, 0, "lr muon_lr weight_decay min_lr grad_clip seed save_minutes")
+    for name in ("warmup", "decay"):
+        _check(0 <= getattr(cfg, name) <= 1, f"{name}={getattr(cfg, name)} is a share of the steps and lies between 0 and 1")
+    for name in ("beta1", "beta2"):
+        _check(0 <= getattr(cfg, name) < 1, f"{name}={getattr(cfg, name)} must be at least 0 and less than 1")
+    _check(cfg.seed < 2 ** 63, f"seed={cfg.seed} has more than 63 bits; choose a smaller one")
+    _check(cfg.optimizer in ("adamw", "muon"), f'optimizer="{cfg.optimizer}" is unknown; choose "adamw" or "muon"')
+    _check(cfg.dtype in ("float32", "bfloat16"), f'dtype="{cfg.dtype}" is unknown; choose "float32" or "bfloat16"')
 
 # %% ../nbs/02_attention.ipynb #71bbf629
 class Preset(NamedTuple):
@@ -123,7 +133,7 @@ def _nearest(name, names):
     near = get_close_matches(name, names, n=1)
     return f' (did you mean "{near[0]}"?)' if near else ""
 
-# %% ../nbs/02_attention.ipynb #c4932e6e
+# %% ../nbs/02_attention.ipynb #1b17c3a3
 def override(chosen: Preset, # where to start from
              settings, # strings such as "d_model=256"
             ) -> Preset:
@@ -135,10 +145,13 @@ def override(chosen: Preset, # where to start from
         owners = [i for i, config in enumerate(chosen) if name in get_type_hints(type(config))]
         if not owners: raise UserError(f'There is no setting "{name}"{_nearest(name, _setting_names(chosen))}; `nanomoe run --help` lists them.')
         changes[owners[0]][name] = _parse(name, text, get_type_hints(type(chosen[owners[0]]))[name])
-    return Preset(*(replace(config, **change) for config, change in zip(chosen, changes)))
+    model, train = (replace(config, **change) for config, change in zip(chosen, changes))
+    _check(train.seq_len <= model.max_seq_len, f"seq_len={train.seq_len} is longer than the model's context, max_seq_len={model.max_seq_len}; lower the one or raise the other")
+    return Preset(model, train)
 
 def _setting_names(chosen): return [field.name for config in chosen for field in fields(config)]
 
+# %% ../nbs/02_attention.ipynb #2636ea5e
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
 
