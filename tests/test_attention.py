@@ -11,6 +11,15 @@ from nanomoe.config import ModelConfig
 from nanomoe.files import UserError
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    "Tensors this small are not worth a second thread, least of all on a busy machine."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @st.composite
 def shapes(draw, max_len=24):
     "A small model's shape, any number of query heads to a key head."
