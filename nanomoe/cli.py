@@ -278,8 +278,10 @@ def _print_speeds(title, unit, speeds, *baselines):
 def main():
     "Run the command line: a user's mistake is one sentence on standard error and exit status 1."
     try: app()
-    except UserError as error: _leave(f"Error: {error}", 1)
-    except KeyboardInterrupt as stop: _leave(str(stop) or "Stopped.", 130)
+    except UserError as error:
+        status = getattr(error, "status", 1)    # a run that was asked to stop is no error
+        _leave(f"Error: {error}" if status == 1 else f"\n{error}", status)
+    except KeyboardInterrupt: _leave("Stopped.", 130)
     except BrokenPipeError: os._exit(1)     # the reader of our output has gone; nothing can be said to it
 
 

@@ -21,21 +21,21 @@ from .moe import MoE, Routing, expert_load, load_balance_loss, z_loss
 # %% ../nbs/03_moe.ipynb #5c427f16
 @torch.library.custom_op("nanomoe::chunked_cross_entropy", mutates_args=())
 def _chunked_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, chunk: int, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
-    valid = targets >= 0
-    count = valid.sum().clamp(min=1)
-    total = torch.zeros((), device=h.device)
+    share = (targets >= 0) / (targets >= 0).sum().clamp(min=1)      # of each row in the mean; 0 for those that do not count
+    total, buffer = torch.zeros((), device=h.device), h.new_empty(min(chunk, len(h)), len(weight))
     dh, d_weight = (torch.empty_like(h), torch.zeros_like(weight)) if with_grad else (h.new_empty(0), h.new_empty(0))
     for i in range(0, len(h), chunk):
-        rows, ok, target = h[i:i + chunk], valid[i:i + chunk, None], targets[i:i + chunk, None].clamp(min=0)
-        logp = (rows @ weight.T).float()
-        logp -= logp.logsumexp(-1, keepdim=True)
-        total -= (logp.gather(1, target) * ok).sum()
-        if with_grad:   # d loss / d logits = softmax - one-hot, for the rows that count
-            d_logits = logp.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=logp.dtype))
-            d_logits = d_logits.mul_(ok / count).to(h.dtype)
-            dh[i:i + chunk] = d_logits @ weight
+        rows, part, target = h[i:i + chunk], share[i:i + chunk, None], targets[i:i + chunk, None].clamp(min=0)
+        logits = torch.mm(rows, weight.T, out=buffer[:len(rows)]).float()
+        top = logits.amax(-1, keepdim=True)
+        score = logits.gather(1, target) - top
+        sums = logits.sub_(top).exp_().sum(-1, keepdim=True)        # softmax = logits / sums from here on
+        total += ((sums.log() - score) * part).sum()
+        if with_grad:   # d loss / d logits = (softmax - one-hot) * share
+            d_logits = logits.mul_(part / sums).scatter_add_(1, target, -part).to(h.dtype)
+            torch.mm(d_logits, weight, out=dh[i:i + chunk])
             d_weight.addmm_(d_logits.T, rows)
-    return total / count, dh, d_weight
+    return total, dh, d_weight
 
 @_chunked_cross_entropy.register_fake
 def _(h, weight, targets, chunk, with_grad):
@@ -157,6 +157,8 @@ class NanoMoE(nn.Module):
         expert = 3 * self.cfg.d_model * self.cfg.d_ff
         return total - self.cfg.n_layers * (self.cfg.num_experts - self.cfg.top_k) * expert
 
-def _over_processes(load):  # a split batch is balanced as a whole: the sum over all processes
-    if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.all_reduce(load)
+def _over_processes(load):
+    "In training, a batch that is split over processes is balanced as a whole: the sum over all of them."
+    if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(load)
     return load

@@ -55,39 +55,41 @@ def z_loss(logits: Tensor) -> Tensor: # (..., N, E) -> (...)
 
 # %% ../nbs/03_moe.ipynb #f9933985
 @torch.library.custom_op("nanomoe::grouped_swiglu", mutates_args=())
-def _grouped_swiglu(x: Tensor, gate_up: Tensor, down: Tensor, load: Tensor) -> tuple[Tensor, Tensor]:
-    y, hidden = torch.empty_like(x), x.new_empty(len(x), gate_up.shape[1])
-    groups = load.tolist()
-    for xe, ye, he, wi, wo in zip(x.split(groups), y.split(groups), hidden.split(groups), gate_up, down):
-        gate, up = torch.mm(xe, wi.T, out=he).chunk(2, -1)
+def _grouped_swiglu(x: Tensor, gate_up: Tensor, down: Tensor, load: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    width, groups = down.shape[2], load.tolist()
+    y, gates, ups = torch.empty_like(x), x.new_empty(len(x), width), x.new_empty(len(x), width)
+    for xe, ye, gate, up, wi, wo in zip(*(t.split(groups) for t in (x, y, gates, ups)), gate_up, down):
+        torch.mm(xe, wi[:width].T, out=gate)
+        torch.mm(xe, wi[width:].T, out=up)
         torch.mm(F.silu(gate).mul_(up), wo.T, out=ye)
-    return y, hidden
+    return y, gates, ups    # the backward pass needs both
 
 @torch.library.custom_op("nanomoe::grouped_swiglu_backward", mutates_args=())
-def _grouped_swiglu_backward(dy: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, load: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _grouped_swiglu_backward(dy: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, load: Tensor,
+                             gates: Tensor, ups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    width, groups = down.shape[2], load.tolist()
     dx, d_gate_up, d_down = torch.empty_like(x), torch.empty_like(gate_up), torch.empty_like(down)
-    groups = load.tolist()
-    for xe, dye, dxe, he, wi, wo, dwi, dwo in zip(x.split(groups), dy.split(groups), dx.split(groups), hidden.split(groups), gate_up, down, d_gate_up, d_down):
-        gate, up = he.chunk(2, -1)
+    for xe, dye, dxe, gate, up, wi, wo, dwi, dwo in zip(*(t.split(groups) for t in (x, dy, dx, gates, ups)), gate_up, down, d_gate_up, d_down):
         active = F.silu(gate)
         torch.mm(dye.T, active * up, out=dwo)
-        d_act, dh = dye @ wo, torch.empty_like(he)
-        d_gate, d_up = dh.chunk(2, -1)
-        torch.mul(d_act, active, out=d_up)
-        torch.ops.aten.silu_backward(d_act.mul_(up), gate, grad_input=d_gate)
-        torch.mm(dh, wi, out=dxe)
-        torch.mm(dh.T, xe, out=dwi)
+        d_hidden = dye @ wo                     # gradient of active * up
+        d_up = active.mul_(d_hidden)
+        d_gate = torch.ops.aten.silu_backward(d_hidden.mul_(up), gate)
+        torch.mm(d_gate, wi[:width], out=dxe).addmm_(d_up, wi[width:])
+        torch.mm(d_gate.T, xe, out=dwi[:width])
+        torch.mm(d_up.T, xe, out=dwi[width:])
     return dx, d_gate_up, d_down
 
 @_grouped_swiglu.register_fake
-def _(x, gate_up, down, load): return torch.empty_like(x), x.new_empty(len(x), gate_up.shape[1])
+def _(x, gate_up, down, load):
+    return torch.empty_like(x), x.new_empty(len(x), down.shape[2]), x.new_empty(len(x), down.shape[2])
 
 @_grouped_swiglu_backward.register_fake
-def _(dy, x, gate_up, down, load, hidden): return torch.empty_like(x), torch.empty_like(gate_up), torch.empty_like(down)
+def _(dy, x, gate_up, down, load, gates, ups): return torch.empty_like(x), torch.empty_like(gate_up), torch.empty_like(down)
 
-def _setup(ctx, inputs, output): ctx.save_for_backward(*inputs, output[1])
+def _setup(ctx, inputs, output): ctx.save_for_backward(*inputs, *output[1:])
 
-def _backward(ctx, dy, d_hidden): return *_grouped_swiglu_backward(dy.contiguous(), *ctx.saved_tensors), None
+def _backward(ctx, dy, *_): return *_grouped_swiglu_backward(dy.contiguous(), *ctx.saved_tensors), None
 
 _grouped_swiglu.register_autograd(_backward, setup_context=_setup)
 

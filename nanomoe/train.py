@@ -44,14 +44,15 @@ def orthogonalize(g: Tensor, # (..., m, n) matrices
                   steps: int = 5) -> Tensor: # (..., m, n) with singular values near 1
     "The nearest (semi-)orthogonal matrices, roughly, by Newton-Schulz iteration (Jordan et al. 2024)."
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = g.bfloat16() if g.is_cuda else g.float()
-    tall = x.shape[-2] > x.shape[-1]
-    if tall: x = x.mT
+    x, tall = g.float(), g.shape[-2] > g.shape[-1]
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    gram = x.mT @ x if tall else x @ x.mT       # square, and small: all iterations happen here
+    product = torch.eye(gram.shape[-1], device=g.device)
     for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).to(g.dtype)
+        p = b * gram + c * gram @ gram
+        p.diagonal(dim1=-2, dim2=-1).add_(a)
+        product, gram = p @ product, p @ gram @ p   # x would become p x, so its Gram matrix p gram p
+    return (x @ product if tall else product @ x).to(g.dtype)
 
 class Muon(torch.optim.Optimizer):
     "SGD with Nesterov momentum whose update of every matrix is orthogonalised; a stack of matrices is treated one by one."
@@ -155,8 +156,9 @@ def _main_thread():
     import threading
     return threading.current_thread() is threading.main_thread()
 
-class Stopped(KeyboardInterrupt):
+class Stopped(UserError):
     "The run was asked to stop, has saved, and can go on."
+    status = 130    # what the command line exits with, as after any Ctrl-C
 
 # %% ../nbs/04_pretrain.ipynb #0b4eec7f
 def fit(model: NanoMoE, cfg: TrainConfig,

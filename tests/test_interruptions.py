@@ -1,0 +1,162 @@
+"""Training that is killed, stopped, split over processes or fed nonsense: same losses, nothing lost, one clear sentence."""
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nanomoe.checkpoint import load_checkpoint, load_model
+from nanomoe.config import ModelConfig, Preset, TrainConfig
+from nanomoe.data import write_shards
+from nanomoe.files import UserError
+from nanomoe.stories import storybook
+from nanomoe.tokenizer import save_tokenizer, train_tokenizer
+from nanomoe.train import pretrain, read_log
+
+TINY = Preset(ModelConfig(vocab_size=300, d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=16, max_seq_len=64),
+              TrainConfig(tokens=64 * 8 * 40, batch_size=8, seq_len=64, evals=4, log_every=1))
+SETTINGS = ["vocab_size=300", "d_model=16", "n_layers=2", "n_heads=2", "n_kv_heads=1", "d_ff=16", "max_seq_len=64",
+            f"tokens={64 * 8 * 40}", "batch_size=8", "seq_len=64", "evals=4", "log_every=1"]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    "A home with a tokenizer and shards."
+    home = tmp_path_factory.mktemp("home")
+    stories = list(storybook(n=60))
+    tok = train_tokenizer([story.text for story in stories], 300)
+    save_tokenizer(tok, home / "tokenizer.json")
+    write_shards({"train": stories[:50], "val": stories[50:]}, tok, home / "data" / "shards")
+    return home
+
+
+@pytest.fixture
+def home(prepared, tmp_path):
+    shutil.copytree(prepared, tmp_path / "home")
+    return tmp_path / "home"
+
+
+def losses(home):
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in read_log(home / "artifacts" / "pretraining" / "train_log.jsonl")]
+
+
+def weights(home, name="ckpt_last.pt"):
+    return load_checkpoint(home / "artifacts" / "pretraining" / name)["model"]
+
+
+def same(a, b): return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def command(home, *more, launcher=(sys.executable, "-m")):
+    settings = [word for setting in SETTINGS for word in ("--set", setting)]
+    return [*launcher, "nanomoe.cli", "pretrain", "--home", str(home), "--device", "cpu", *settings, *more]
+
+
+def environment(): return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(prepared, tmp_path_factory):
+    home = tmp_path_factory.mktemp("whole") / "home"
+    shutil.copytree(prepared, home)
+    subprocess.run(command(home), check=True, env=environment(), capture_output=True)
+    return home
+
+
+@pytest.mark.parametrize("after", [3, 17, 31])
+def test_kill_and_resume_gives_the_same_losses(home, uninterrupted, after):
+    process = subprocess.Popen(command(home, "--set", "save_minutes=0"), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = home / "artifacts" / "pretraining" / "train_log.jsonl"
+    while process.poll() is None and len(read_log(log)) < after: time.sleep(0.005)
+    process.kill()
+    process.wait()
+    subprocess.run(command(home), check=True, env=environment(), capture_output=True)
+    assert losses(home) == losses(uninterrupted)
+    assert same(weights(home), weights(uninterrupted)) and same(weights(home, "ckpt_best.pt"), weights(uninterrupted, "ckpt_best.pt"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_saves_and_says_how_to_go_on(home, sent):
+    long = command(home, "--set", "tokens=100_000_000", "--set", "evals=1")
+    process = subprocess.Popen(long, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    log = home / "artifacts" / "pretraining" / "train_log.jsonl"
+    while len(read_log(log)) < 3: time.sleep(0.005)
+    process.send_signal(sent)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "the same command goes on from there" in error and "Traceback" not in error
+    saved = load_checkpoint(home / "artifacts" / "pretraining" / "ckpt_last.pt")
+    assert saved["step"] == len(read_log(log)) >= 3
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo under torchrun is for Linux and macOS")
+@pytest.mark.parametrize("processes", [2, 3])     # three processes share eight rows as 3 + 3 + 2
+def test_processes_share_a_batch(home, uninterrupted, processes):
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-addr", "127.0.0.1", "--master-port", free_port(), "-m")
+    subprocess.run(command(home, launcher=launcher), check=True, env=environment(), capture_output=True)
+    for (_, ours, _), (_, theirs, _) in zip(losses(home), losses(uninterrupted), strict=True): assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_worse_score_never_replaces_the_best(home):
+    best = pretrain(home, TINY)
+    kept = weights(home, "ckpt_best.pt")
+    assert best["step"] == 40 and pretrain(home, TINY) == best     # finished: nothing is trained again
+    assert same(kept, weights(home, "ckpt_best.pt"))
+
+
+def test_a_checkpoint_of_another_run_is_refused(home):
+    pretrain(home, TINY)
+    before = weights(home)
+    with pytest.raises(UserError, match="another d_ff"): pretrain(home, Preset(replace(TINY.model, d_ff=32), TINY.train))
+    with pytest.raises(UserError, match="another lr"): pretrain(home, Preset(TINY.model, replace(TINY.train, lr=1e-5)))
+    assert same(before, weights(home))
+    assert pretrain(home, Preset(TINY.model, replace(TINY.train, lr=1e-5)), fresh=True)["step"] > 0
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text"])
+def test_a_damaged_checkpoint_is_refused_and_kept(home, damage):
+    pretrain(home, TINY)
+    path = home / "artifacts" / "pretraining" / "ckpt_last.pt"
+    data = {"cut": path.read_bytes()[:-500], "empty": b"", "text": b"not a checkpoint"}[damage]
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="damaged"): pretrain(home, TINY)
+    with pytest.raises(UserError, match="damaged"): load_model(path)
+    assert path.read_bytes() == data
+
+
+def test_a_malicious_pickle_is_never_run(tmp_path):
+    class Trap:
+        def __reduce__(self): return (os.mkdir, (str(tmp_path / "sprung"),))
+    torch.save({"config": Trap(), "model": {}}, tmp_path / "bad.pt")
+    with pytest.raises(UserError, match="damaged"): load_model(tmp_path / "bad.pt")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(home):
+    folder = home / "artifacts" / "pretraining"
+    wild = Preset(TINY.model, replace(TINY.train, optimizer="adamw", lr=1e30, grad_clip=0.0))
+    with pytest.raises(UserError, match="The loss is"): pretrain(home, wild)
+    for name in ("ckpt_last.pt", "ckpt_best.pt"):
+        if (folder / name).exists(): assert all(p.isfinite().all() for p in weights(home, name).values())
+
+
+def test_logs_are_whole_and_say_what_they_should(uninterrupted):
+    folder = uninterrupted / "artifacts" / "pretraining"
+    rows = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 41))
+    assert {"tokens", "loss", "ce", "load_balance", "z", "grad_norm", "lr", "load", "entropy", "tokens_per_s", "memory_mb"} <= rows[0].keys()
+    assert all(abs(sum(layer) - 1) < 1e-3 for row in rows for layer in row["load"])
+    assert [row["step"] for row in read_log(folder / "val_log.jsonl")] == [10, 20, 30, 40]
