@@ -8,7 +8,7 @@ __all__ = ['save_checkpoint', 'load_checkpoint', 'load_model']
 # %% ../nbs/modules/00_checkpoint.ipynb #checkpoint-open
 # The code of this module is written in nbs/04_pretrain.ipynb.
 
-# %% ../nbs/04_pretrain.ipynb #844db920
+# %% ../nbs/04_pretrain.ipynb #8ee352e1
 import json
 import os
 from dataclasses import asdict
@@ -22,7 +22,7 @@ from .config import ModelConfig
 from .files import UserError, write_atomically
 from .model import NanoMoE
 
-# %% ../nbs/04_pretrain.ipynb #7a5ced58
+# %% ../nbs/04_pretrain.ipynb #ec490ac4
 def save_checkpoint(path: str | Path, # ends in .pt, or in .safetensors for weights and config alone
                     model: NanoMoE,
                     **state): # whatever else a resume needs: tensors, numbers, strings, and dicts and lists of them

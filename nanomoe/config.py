@@ -49,17 +49,17 @@ class TrainConfig:
     val_stories: int = 5_000        # stories to read for validation
     tokenizer_stories: int = 10_000 # stories that the tokenizer learns from
     tokens: int = 100_000_000       # training tokens in all
-    batch_size: int = 8             # sequences in a micro-batch
+    batch_size: int = 2             # sequences in a micro-batch
     grad_accum: int = 1             # micro-batches in an optimiser step
     seq_len: int = 512              # tokens in a sequence
     optimizer: str = "muon"         # "muon" (matrices by Muon, the rest by AdamW) or "adamw" (everything by AdamW)
-    lr: float = 3e-3                # AdamW's peak learning rate
-    muon_lr: float = 2e-2           # Muon's peak learning rate
-    weight_decay: float = 0.1       # on matrices only, never on norms
+    lr: float = 8e-3                # AdamW's peak learning rate
+    muon_lr: float = 1e-2           # Muon's peak learning rate
+    weight_decay: float = 0.01      # on matrices only, never on norms
     beta1: float = 0.9              # AdamW's memory of the gradient
     beta2: float = 0.95             # AdamW's memory of its square
-    warmup: float = 0.05            # share of the steps that warms up
-    decay: float = 0.4              # share of the steps that decays, at the end
+    warmup: float = 0.03            # share of the steps that warms up
+    decay: float = 0.7              # share of the steps that decays, at the end
     min_lr: float = 0.0             # where the decay ends, as a share of the peak
     grad_clip: float = 1.0          # largest norm of the gradient; 0 turns clipping off
     evals: int = 10                 # evaluations on the whole validation split, the last at the end
@@ -117,10 +117,10 @@ class Preset(NamedTuple):
 _PRESETS = {
     "smoke": Preset(
         ModelConfig(vocab_size=1_024, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=128, max_seq_len=512),
-        TrainConfig(stories=1_000, val_stories=50, tokens=200_000, batch_size=8, seq_len=256, evals=2)),
+        TrainConfig(stories=1_000, val_stories=50, tokens=300_000, batch_size=2, seq_len=256, evals=2)),
     "laptop": Preset(
         ModelConfig(vocab_size=4_096, d_model=128, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=256),
-        TrainConfig(stories=20_000, val_stories=500, tokens=2_000_000, batch_size=4)),
+        TrainConfig(stories=20_000, val_stories=500, tokens=1_500_000, evals=5)),
     "full": Preset(ModelConfig(), TrainConfig()),
 }
 

@@ -6,7 +6,7 @@
 __all__ = ['schedule', 'orthogonalize', 'Muon', 'make_optimizers', 'evaluate', 'Log', 'read_log', 'Objective', 'Stopped', 'fit',
            'pretrain', 'plot_training']
 
-# %% ../nbs/04_pretrain.ipynb #e6a04ff3
+# %% ../nbs/04_pretrain.ipynb #fbef5529
 import json
 import math
 import os
@@ -30,7 +30,7 @@ from .files import UserError, sha256_of, write_atomically
 from .model import NanoMoE
 from .tokenizer import load_tokenizer
 
-# %% ../nbs/04_pretrain.ipynb #50c557d2
+# %% ../nbs/04_pretrain.ipynb #726485d1
 def schedule(step: int, # 0-based
              cfg: TrainConfig) -> float: # what to multiply the peak learning rates by
     "Linear warm-up, a plateau, then a linear decay (Hägele et al. 2024)."
@@ -39,7 +39,7 @@ def schedule(step: int, # 0-based
     fall = cfg.min_lr + (1 - cfg.min_lr) * (cfg.steps - step) / max(1.0, decay)
     return min(1.0, rise, fall)
 
-# %% ../nbs/04_pretrain.ipynb #3a3029be
+# %% ../nbs/04_pretrain.ipynb #84c0a91e
 def orthogonalize(g: Tensor, # (..., m, n) matrices
                   steps: int = 5) -> Tensor: # (..., m, n) with singular values near 1
     "The nearest (semi-)orthogonal matrices, roughly, by Newton-Schulz iteration (Jordan et al. 2024)."
@@ -71,7 +71,7 @@ class Muon(torch.optim.Optimizer):
                 p.mul_(1 - lr * group["weight_decay"])
                 p.add_(update, alpha=-lr * max(1, p.shape[-2] / p.shape[-1]) ** 0.5)
 
-# %% ../nbs/04_pretrain.ipynb #1265770d
+# %% ../nbs/04_pretrain.ipynb #57e1ca6b
 def make_optimizers(model: NanoMoE, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
     "AdamW, and Muon before it for the matrices inside the blocks if the config says so. Norms are never decayed."
     named = list(model.named_parameters())
@@ -85,7 +85,7 @@ def make_optimizers(model: NanoMoE, cfg: TrainConfig) -> list[torch.optim.Optimi
         for group in optimizer.param_groups: group["peak_lr"] = group["lr"]
     return optimizers
 
-# %% ../nbs/04_pretrain.ipynb #4b030a74
+# %% ../nbs/04_pretrain.ipynb #f1cf09f5
 @torch.no_grad()
 def evaluate(model: NanoMoE, tokens, # (N,) the whole validation split
              num_bytes: int, # UTF-8 bytes of its stories
@@ -112,7 +112,7 @@ def _place() -> tuple[int, int]: # this process's number, and how many there are
 def _autocast(device, dtype):
     return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
-# %% ../nbs/04_pretrain.ipynb #e14cccc7
+# %% ../nbs/04_pretrain.ipynb #2368e4c4
 class Log:
     "One JSON object a line, appended as it comes; a resumed run drops what came after its checkpoint."
     def __init__(self, path: str | Path, step: int = 0): # steps already done
@@ -131,7 +131,7 @@ def read_log(path: str | Path) -> list[dict]: # a row for every line; none if th
         except ValueError: break
     return rows
 
-# %% ../nbs/04_pretrain.ipynb #571645fc
+# %% ../nbs/04_pretrain.ipynb #318aa7bc
 class Objective(nn.Module):
     "A model with its loss as `forward`, which is what DistributedDataParallel wraps."
     def __init__(self, model: nn.Module, loss): # loss(model, *batch) -> LossBreakdown, load (L, E), entropy (L,)
@@ -160,7 +160,7 @@ class Stopped(UserError):
     "The run was asked to stop, has saved, and can go on."
     status = 130    # what the command line exits with, as after any Ctrl-C
 
-# %% ../nbs/04_pretrain.ipynb #b32a00a5
+# %% ../nbs/04_pretrain.ipynb #52014446
 def _step(objective, cfg, optimizers, batch_at, step, rank, world, device):
     "One optimiser step: gradients of every micro-batch, clipped, with this step's learning rate."
     sums, loads = torch.zeros(4, device=device), 0
@@ -212,7 +212,7 @@ def _memory_mb(device):
     import sys
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
-# %% ../nbs/04_pretrain.ipynb #beccbc6c
+# %% ../nbs/04_pretrain.ipynb #7553dd04
 # what may change between a run and its resume, since no step depends on it
 _FREE = {"evals", "log_every", "save_minutes", "compile"}
 
@@ -238,7 +238,7 @@ def _resume(path, model, cfg, optimizers, data):
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} cannot be resumed, it lacks what a resume needs: add --fresh to start anew.") from error
 
-# %% ../nbs/04_pretrain.ipynb #24d80ad3
+# %% ../nbs/04_pretrain.ipynb #7d82f1f2
 def fit(model: NanoMoE, cfg: TrainConfig,
         batch_at, # batch_at(micro_step, rank, world) -> tensors: a pure function, so that a resume needs no state
         loss, # loss(model, *tensors) -> LossBreakdown, load (L, E), entropy (L,)
@@ -297,7 +297,7 @@ def fit(model: NanoMoE, cfg: TrainConfig,
             if stop and done < cfg.steps: raise Stopped(f"Stopped after step {done:,} of {cfg.steps:,}, and saved; the same command goes on from there.")
     return best
 
-# %% ../nbs/04_pretrain.ipynb #c1e76615
+# %% ../nbs/04_pretrain.ipynb #de4db1b9
 def pretrain(home: str | Path, # has tokenizer.json and data/shards; gets artifacts/pretraining
              chosen: Preset,
              device: str = "cpu", # "cpu", "cuda" or "mps"
@@ -332,7 +332,7 @@ def _processes(device, cfg):
     try: yield torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device(device)
     finally: dist.destroy_process_group()
 
-# %% ../nbs/04_pretrain.ipynb #3eb76250
+# %% ../nbs/04_pretrain.ipynb #124b3e81
 def plot_training(folder: str | Path, # holds train_log.jsonl and val_log.jsonl
                  ): # -> matplotlib Figure
     "Loss, router losses, load per expert and throughput of a run, in one figure."

@@ -104,10 +104,16 @@ def free_port():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo under torchrun is for Linux and macOS")
 @pytest.mark.parametrize("processes", [2, 3])     # three processes share eight rows as 3 + 3 + 2
-def test_processes_share_a_batch(home, uninterrupted, processes):
+def test_processes_share_a_batch(prepared, home, tmp_path, processes):
+    # gentle rates: rounding differs between the two, and a router at an edge would turn that into another choice
+    gentle = ["--set", "optimizer=adamw", "--set", "lr=1e-3", "--set", "tokens=10240", "--set", "grad_accum=2"]
+    alone = tmp_path / "alone"
+    shutil.copytree(prepared, alone)
+    subprocess.run(command(alone, *gentle), check=True, env=environment(), capture_output=True)
     launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-addr", "127.0.0.1", "--master-port", free_port(), "-m")
-    subprocess.run(command(home, launcher=launcher), check=True, env=environment(), capture_output=True)
-    for (_, ours, _), (_, theirs, _) in zip(losses(home), losses(uninterrupted), strict=True): assert ours == pytest.approx(theirs, rel=1e-5)
+    subprocess.run(command(home, *gentle, launcher=launcher), check=True, env=environment(), capture_output=True)
+    assert len(losses(home)) == 10
+    for (_, ours, _), (_, theirs, _) in zip(losses(home), losses(alone), strict=True): assert abs(ours - theirs) < 1e-5
 
 
 def test_a_worse_score_never_replaces_the_best(home):
