@@ -107,7 +107,9 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]: # (B, T, D) -> (B, T, D)
         tokens = x.reshape(-1, x.shape[-1])                             # (N, D), N = B * T
-        routing = route(self.router(tokens), self.top_k, self.bias)
+        with torch.autocast(x.device.type, enabled=False):              # near-ties are decided in float32, always
+            logits = F.linear(tokens.float(), self.router.weight.float())
+        routing = route(logits, self.top_k, self.bias)
         order = routing.experts.flatten().argsort(stable=True)          # (N * K,) assignments sorted by expert
         token = order // self.top_k                                     # whose assignment each is
         y = grouped_swiglu(tokens[token], self.gate_up, self.down, expert_load(routing.experts, len(self.gate_up)))
