@@ -81,7 +81,7 @@ class Block(nn.Module):
         y, routing = self.moe(self.moe_norm(x))
         return x + y, routing
 
-# %% ../nbs/03_moe.ipynb #fdf6663c
+# %% ../nbs/03_moe.ipynb #fee29476
 class LossBreakdown(NamedTuple):
     "What is minimised, and its parts. Each is a scalar."
     total: Tensor        # ce + load_balance_coef * load_balance + z_coef * z
@@ -89,6 +89,7 @@ class LossBreakdown(NamedTuple):
     load_balance: Tensor # 1.0 when every expert gets its share, mean over layers
     z: Tensor            # mean squared log-sum-exp of the routers' logits, mean over layers
 
+# %% ../nbs/03_moe.ipynb #fdf6663c
 class NanoMoE(nn.Module):
     "A decoder-only transformer whose feed-forward layers are mixtures of experts; input and output embeddings are one matrix."
     def __init__(self, cfg: ModelConfig): # the model's shape
@@ -156,6 +157,7 @@ class NanoMoE(nn.Module):
         expert = 3 * self.cfg.d_model * self.cfg.d_ff
         return total - self.cfg.n_layers * (self.cfg.num_experts - self.cfg.top_k) * expert
 
+# %% ../nbs/03_moe.ipynb #78633074
 def _over_processes(load):
     "In training, a batch that is split over processes is balanced as a whole: the sum over all of them."
     if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():
