@@ -13,6 +13,7 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from zipfile import ZipFile
 
 import safetensors.torch
 import torch
@@ -43,6 +44,8 @@ def load_checkpoint(path: str | Path) -> dict: # with the keys "config", "model"
             with safe_open(path, "pt") as file: config = json.loads((file.metadata() or {})["config"])
             content = {"config": config, "model": safetensors.torch.load_file(path)}
         else:
+            with ZipFile(path) as archive:      # a .pt file is a zip archive, with a checksum for every tensor
+                if archive.testzip(): raise ValueError("a checksum does not match")
             content = torch.load(path, map_location="cpu", weights_only=True)
         return {**content, "config": dict(content["config"]), "model": dict(content["model"])}
     except (MemoryError, KeyboardInterrupt): raise

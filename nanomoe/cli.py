@@ -124,7 +124,10 @@ def run(preset: PresetName = "laptop", stories: Stories = "storybook", home: Hom
     started = time.perf_counter()
     chosen, device = _choose(preset, set, seed, compile), _pick_device(device)
     _check_home(home)
-    if fresh or not _shards_are_right(home, stories, chosen, seed):
+    right = _shards_are_right(home, stories, chosen, seed)
+    if not fresh and not right and (home / "artifacts" / "pretraining" / "ckpt_last.pt").exists():
+        raise UserError(f"{home} holds a model trained on other stories or with other settings: give those again, add --fresh to replace it, or use another --home.")
+    if fresh or not right:
         _write_shards(home, stories, chosen, seed, _train_tokenizer(home, stories, chosen, seed))
     else: out.print("Tokenizer and shards: there already, and right")
     _pretrain(home, chosen, device, fresh)
@@ -137,7 +140,7 @@ def run(preset: PresetName = "laptop", stories: Stories = "storybook", home: Hom
               "  artifacts/pretraining/                           checkpoints and logs\n"
               "  reports/figs/pretrain_training_summary.png       how the training went")
     at = "" if home == Path(".") else f" --home {home}"
-    out.print(f'Next: `nanomoe generate "Once upon a time"{at}`, or a longer training: `nanomoe run --preset full{at or " --home full-run"}`.', markup=False)
+    out.print(f'Next: `nanomoe generate "Once upon a time"{at}`, or a longer training: `nanomoe run --preset full --home full-run`.', markup=False)
 
 
 @app.command()

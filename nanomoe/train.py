@@ -279,13 +279,14 @@ def fit(model: NanoMoE, cfg: TrainConfig,
             if done in evaluate_at:
                 model.eval()
                 result = score(model)
+                if not math.isfinite(result["bpb"]): raise UserError(f"The score is {result['bpb']} after step {done}: the last checkpoint is kept; lower lr or muon_lr and start with --fresh.")
                 better = result["bpb"] < best["bpb"]
                 if better: best = {**result, "step": done}
                 if rank == 0:
                     text = sample(model) if sample else None
+                    val_log.write(step=done, **result, sample=text)     # first: a resume drops it if the checkpoint is not reached
                     _save_last(last, model, cfg, optimizers, done, best, data)
                     if better: save_checkpoint(folder / "ckpt_best.pt", model)
-                    val_log.write(step=done, **result, sample=text)
                     bar.write(f"step {done:,}: {result['bpb']:.4f} bits per byte, {result['nats']:.4f} nats per token"
                               + (f"\n    {text[:200]!r}" if text else ""))
                 model.train()

@@ -54,6 +54,12 @@ def test_a_second_run_does_nothing_again(home):
     assert (home / "artifacts/pretraining/ckpt_last.pt").stat().st_mtime_ns == before
 
 
+def test_another_run_in_the_same_home_replaces_nothing(home):
+    before = {path: path.read_bytes() for path in (home / "tokenizer.json", home / "data/shards/meta.json")}
+    assert "--fresh" in refused("run", "--home", home, *TINY, "--set", "stories=140")
+    assert before == {path: path.read_bytes() for path in before}
+
+
 def test_generate(home):
     first, second = (nanomoe("generate", "Once upon a time", "--home", home, "--max-new-tokens", 20, "--seed", 5, *more) for more in ((), ("--no-cache",)))
     assert first.returncode == 0 and first.stdout.startswith("Once upon a time") and first.stdout == second.stdout

@@ -132,11 +132,14 @@ def test_a_checkpoint_of_another_run_is_refused(home):
     assert pretrain(home, Preset(TINY.model, replace(TINY.train, lr=1e-5)), fresh=True)["step"] > 0
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "text"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "one bit"])
 def test_a_damaged_checkpoint_is_refused_and_kept(home, damage):
     pretrain(home, TINY)
     path = home / "artifacts" / "pretraining" / "ckpt_last.pt"
-    data = {"cut": path.read_bytes()[:-500], "empty": b"", "text": b"not a checkpoint"}[damage]
+    whole = path.read_bytes()
+    weight = whole.index(weights(home)["embed.weight"].numpy().tobytes()[:64])
+    flipped = whole[:weight] + bytes([whole[weight] ^ 1]) + whole[weight + 1:]
+    data = {"cut": whole[:-500], "empty": b"", "text": b"not a checkpoint", "one bit": flipped}[damage]
     path.write_bytes(data)
     with pytest.raises(UserError, match="damaged"): pretrain(home, TINY)
     with pytest.raises(UserError, match="damaged"): load_model(path)
