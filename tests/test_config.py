@@ -22,15 +22,16 @@ def sentence(fn):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_valid(name):
-    model, train = preset(name)
+    model, train, sft, dpo = preset(name)
     assert isinstance(preset(name), Preset) and isinstance(model, ModelConfig) and isinstance(train, TrainConfig)
     assert override(preset(name), []) == preset(name)       # passes every check once more
     assert train.seq_len <= model.max_seq_len and train.steps >= train.evals
+    assert sft.steps >= sft.evals and dpo.steps >= dpo.evals
     assert train.tokenizer_stories >= 1 and model.vocab_size >= 260
 
 
 def test_the_defaults_are_the_full_preset_and_the_design():
-    model, train = preset("full")
+    model = preset("full").model
     assert model == ModelConfig()
     values = dict(vocab_size=10_000, d_model=192, n_layers=6, n_heads=8, n_kv_heads=2, d_ff=512, num_experts=4, num_shared_experts=1,
                   top_k=2, max_seq_len=512, rope_theta=10_000, norm_eps=1e-6, load_balance_coef=1e-2, z_coef=1e-3, balance="aux")
@@ -46,9 +47,17 @@ def test_no_name_is_in_both_configs():
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_field_can_be_set_to_what_it_is(name):
     chosen = preset(name)
-    for config in chosen:
+    for part, config in chosen._asdict().items():
         for field in dataclasses.fields(config):
-            assert override(chosen, [f"{field.name}={getattr(config, field.name)}"]) == chosen
+            path = field.name if part in ("model", "train") else f"{part}.{field.name}"
+            assert override(chosen, [f"{path}={getattr(config, field.name)}"]) == chosen
+
+
+def test_a_prefix_names_the_training():
+    chosen = override(preset("smoke"), ["lr=1e-3", "sft.lr=2e-3", "dpo.lr=3e-3", "dpo.beta=0.5"])
+    assert (chosen.train.lr, chosen.sft.lr, chosen.dpo.lr, chosen.dpo.beta) == (1e-3, 2e-3, 3e-3, 0.5)
+    for setting, near in (("sft.beta=1", "sft.beta2"), ("dpo.bta=1", "dpo.beta"), ("spo.lr=1", "dpo.lr")):
+        assert near in sentence(lambda: override(preset("smoke"), [setting]))
 
 
 def test_override():
