@@ -3,7 +3,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -96,10 +95,9 @@ def test_a_stop_saves_and_says_how_to_go_on(home, sent):
     assert saved["step"] == len(read_log(log)) >= 3
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+# torchrun on this machine alone: it finds a port by itself, and host names, which may resolve to anything, play no part
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1")
+LOOPBACK = {"linux": {"GLOO_SOCKET_IFNAME": "lo"}, "darwin": {"GLOO_SOCKET_IFNAME": "lo0"}}.get(sys.platform, {})
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo under torchrun is for Linux and macOS")
@@ -110,8 +108,9 @@ def test_processes_share_a_batch(prepared, home, tmp_path, processes):
     alone = tmp_path / "alone"
     shutil.copytree(prepared, alone)
     subprocess.run(command(alone, *gentle), check=True, env=environment(), capture_output=True)
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-addr", "127.0.0.1", "--master-port", free_port(), "-m")
-    subprocess.run(command(home, *gentle, launcher=launcher), check=True, env=environment(), capture_output=True)
+    done = subprocess.run(command(home, *gentle, launcher=(*TORCHRUN, f"--nproc-per-node={processes}", "-m")), env={**environment(), **LOOPBACK},
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
     assert len(losses(home)) == 10
     for (_, ours, _), (_, theirs, _) in zip(losses(home), losses(alone), strict=True): assert abs(ours - theirs) < 1e-5
 
