@@ -10,17 +10,16 @@ __all__ = ['save_checkpoint', 'load_checkpoint', 'load_model']
 
 # %% ../nbs/04_pretrain.ipynb #8ee352e1
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from zipfile import ZipFile
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from .config import ModelConfig
-from .files import UserError, write_atomically
+from .files import UserError, sha256_of, write_atomically
 from .model import NanoMoE
 
 # %% ../nbs/04_pretrain.ipynb #ec490ac4
@@ -28,37 +27,45 @@ def save_checkpoint(path: str | Path, # ends in .pt, or in .safetensors for weig
                     model: NanoMoE,
                     **state): # whatever else a resume needs: tensors, numbers, strings, and dicts and lists of them
     "Write weights and config, all of them or nothing."
-    path, weights = Path(path), model.state_dict()
-    if path.suffix == ".safetensors":
-        data = safetensors.torch.save(weights, {"config": json.dumps(asdict(model.cfg))})
-        with write_atomically(path) as file: file.write(data)
-    else:
-        with write_atomically(path) as file: torch.save({"config": asdict(model.cfg), "model": weights, **state}, file)
+    path, config, weights = Path(path), asdict(model.cfg), model.state_dict()
+    with write_atomically(path) as file:
+        if path.suffix == ".safetensors":
+            text = json.dumps(config)
+            file.write(safetensors.torch.save(weights, {"config": text, "sha256": _fingerprint(text, weights)}))
+        else: torch.save({"config": config, "model": weights, **state}, file)
+
+def _fingerprint(config, weights): # safetensors has no checksum of its own
+    tensors = (weights[name].cpu().contiguous().view(torch.uint8).numpy().tobytes() for name in sorted(weights))
+    return sha256_of(b"".join((config.encode(), *tensors)))
 
 def load_checkpoint(path: str | Path) -> dict: # with the keys "config", "model" and what else was saved
-    "Read what `save_checkpoint` wrote. Raises `UserError` for a missing, damaged or foreign file; nothing is ever unpickled."
+    "Read what `save_checkpoint` wrote. Raises `UserError` for a missing, damaged or foreign file; no code in it is ever run."
     path = Path(path)
     if not path.is_file(): raise UserError(f"There is no checkpoint {path}: train one with `nanomoe run`, or name another.")
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file: config = json.loads((file.metadata() or {})["config"])
-            content = {"config": config, "model": safetensors.torch.load_file(path)}
-        else:
-            with ZipFile(path) as archive:      # a .pt file is a zip archive, with a checksum for every tensor
-                if archive.testzip(): raise ValueError("a checksum does not match")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        return {**content, "config": dict(content["config"]), "model": dict(content["model"])}
+    try: return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
     except (MemoryError, KeyboardInterrupt): raise
     except Exception as error:  # torch.load raises whatever the damage happens to lead to
         raise UserError(f"{path} is damaged, or no checkpoint of Nano-MoE: restore it from a copy, or train again.") from error
 
+def _read_pt(path):
+    with ZipFile(path) as archive:      # a .pt file is a zip archive, with a checksum for every tensor
+        if archive.testzip(): raise ValueError("a checksum does not match")
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    return {**content, "config": dict(content["config"]), "model": dict(content["model"])}
+
+def _read_safetensors(path):
+    with safe_open(path, "pt") as file: metadata = file.metadata()
+    weights = safetensors.torch.load_file(path)
+    if metadata["sha256"] != _fingerprint(metadata["config"], weights): raise ValueError("the checksum does not match")
+    return {"config": dict(json.loads(metadata["config"])), "model": weights}
+
 def load_model(path: str | Path, # a .pt or .safetensors checkpoint
-               device="cpu") -> NanoMoE: # in evaluation mode
+               device="cpu") -> NanoMoE: # in evaluation mode, in float32
     "Build the model that a checkpoint describes and fill in its weights."
     content = load_checkpoint(path)
     try:
         model = NanoMoE(ModelConfig(**content["config"]))
         model.load_state_dict(content["model"])
-    except (TypeError, RuntimeError, UserError) as error:
+    except (TypeError, ValueError, RuntimeError, UserError) as error:
         raise UserError(f"{path} does not fit this version of Nano-MoE: its config and its weights disagree; train again.") from error
     return model.to(device).eval()

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['schedule', 'orthogonalize', 'Muon', 'make_optimizers', 'evaluate', 'Log', 'read_log', 'Objective', 'Stopped', 'fit',
-           'pretrain', 'plot_training']
+           'pretrain', 'processes', 'plot_training']
 
 # %% ../nbs/04_pretrain.ipynb #fbef5529
 import json
 import math
 import os
 import signal
+import sys
+import threading
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -19,12 +21,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
-from .checkpoint import load_checkpoint, load_model, save_checkpoint
-from .config import ModelConfig, Preset, TrainConfig
+from .checkpoint import load_checkpoint, save_checkpoint
+from .config import LoopConfig, Preset
 from .data import Batches, eval_windows, load_shards
 from .files import UserError, sha256_of, write_atomically
 from .model import NanoMoE
@@ -32,7 +33,7 @@ from .tokenizer import load_tokenizer
 
 # %% ../nbs/04_pretrain.ipynb #726485d1
 def schedule(step: int, # 0-based
-             cfg: TrainConfig) -> float: # what to multiply the peak learning rates by
+             cfg: LoopConfig) -> float: # what to multiply the peak learning rates by
     "Linear warm-up, a plateau, then a linear decay (Hägele et al. 2024)."
     warmup, decay = cfg.warmup * cfg.steps, cfg.decay * cfg.steps
     rise = (step + 1) / max(1.0, warmup)
@@ -56,7 +57,10 @@ def orthogonalize(g: Tensor, # (..., m, n) matrices
 
 class Muon(torch.optim.Optimizer):
     "SGD with Nesterov momentum whose update of every matrix is orthogonalised; a stack of matrices is treated one by one."
-    def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(self, params, # matrices, or stacks of them: (..., m, n)
+                 lr: float = 0.02, # how far a step goes in every direction
+                 momentum: float = 0.95, # memory of the gradient
+                 weight_decay: float = 0.0): # what a step takes off each weight, as a share, times lr
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
@@ -65,14 +69,15 @@ class Muon(torch.optim.Optimizer):
             lr, momentum = group["lr"], group["momentum"]
             for p in group["params"]:
                 if p.grad is None: continue
-                average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                if p not in self.state: self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                average = self.state[p]["momentum_buffer"]
                 average.lerp_(p.grad, 1 - momentum)
                 update = orthogonalize(p.grad.lerp(average, momentum))
                 p.mul_(1 - lr * group["weight_decay"])
                 p.add_(update, alpha=-lr * max(1, p.shape[-2] / p.shape[-1]) ** 0.5)
 
 # %% ../nbs/04_pretrain.ipynb #57e1ca6b
-def make_optimizers(model: NanoMoE, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: NanoMoE, cfg: LoopConfig) -> list[torch.optim.Optimizer]: # each group remembers its peak_lr
     "AdamW, and Muon before it for the matrices inside the blocks if the config says so. Norms are never decayed."
     named = list(model.named_parameters())
     muon = [p for name, p in named if cfg.optimizer == "muon" and p.ndim > 1 and name.startswith("blocks.") and "router" not in name]
@@ -87,29 +92,28 @@ def make_optimizers(model: NanoMoE, cfg: TrainConfig) -> list[torch.optim.Optimi
 
 # %% ../nbs/04_pretrain.ipynb #f1cf09f5
 @torch.no_grad()
-def evaluate(model: NanoMoE, tokens, # (N,) the whole validation split
+def evaluate(model: NanoMoE,
+             tokens, # (N,) the whole validation split
              num_bytes: int, # UTF-8 bytes of its stories
              batch_size: int, seq_len: int,
              dtype: str = "float32") -> dict: # nats per token and bits per byte
     "The loss over every token of a split, shared by all processes."
-    rank, world, device = *_place(), next(model.parameters()).device
-    nats, count = torch.zeros(2, dtype=torch.float64)
+    (rank, world), device, nats, count = _place(), next(model.parameters()).device, 0.0, 0
     for i, (x, y) in enumerate(eval_windows(tokens, batch_size, seq_len)):
         if i % world != rank: continue
         with _autocast(device, dtype): ce = model.loss(x.to(device), y.to(device)).ce
-        valid = (y >= 0).sum()
-        nats, count = nats + ce.item() * valid, count + valid
-    totals = torch.stack((nats, count)).to(torch.float64 if device.type != "mps" else torch.float32)
+        targets = (y >= 0).sum().item()
+        nats, count = nats + ce.item() * targets, count + targets
     if world > 1:
-        totals = totals.to(device)
+        totals = torch.tensor([nats, count], dtype=torch.float64, device=device)
         dist.all_reduce(totals)
-    nats, count = totals.tolist()
+        nats, count = totals.tolist()
     return {"nats": nats / count, "bpb": nats / math.log(2) / num_bytes}
 
 def _place() -> tuple[int, int]: # this process's number, and how many there are
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
-def _autocast(device, dtype):
+def _autocast(device, dtype): # products in bfloat16 where the config asks for it; weights stay in float32
     return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
 # %% ../nbs/04_pretrain.ipynb #2368e4c4
@@ -134,203 +138,207 @@ def read_log(path: str | Path) -> list[dict]: # a row for every line; none if th
 # %% ../nbs/04_pretrain.ipynb #318aa7bc
 class Objective(nn.Module):
     "A model with its loss as `forward`, which is what DistributedDataParallel wraps."
-    def __init__(self, model: nn.Module, loss): # loss(model, *batch) -> LossBreakdown, load (L, E), entropy (L,)
+    def __init__(self, model: nn.Module,
+                 loss): # loss(model, *batch) -> losses, load (L, E), entropy (L,)
         super().__init__()
         self.model, self.loss = model, loss
 
     def forward(self, *batch): return self.loss(self.model, *batch)
 
-@contextmanager
-def _catching_stops():
-    "Turn Ctrl-C and SIGTERM into a flag, so that a step is finished before the run saves and stops."
-    asked = []
-    if not _main_thread():
-        yield asked
-        return
-    old = {number: signal.signal(number, lambda number, frame: asked.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
-    try: yield asked
-    finally:
-        for number, handler in old.items(): signal.signal(number, handler)
-
-def _main_thread():
-    import threading
-    return threading.current_thread() is threading.main_thread()
-
 class Stopped(UserError):
     "The run was asked to stop, has saved, and can go on."
     status = 130    # what the command line exits with, as after any Ctrl-C
 
+@contextmanager
+def _catching_stops():
+    "Turn Ctrl-C and SIGTERM into a flag, so that a step is finished before the run saves and stops."
+    asked, old = [], {}
+    if threading.current_thread() is threading.main_thread():   # no other thread may listen to signals
+        for number in (signal.SIGINT, signal.SIGTERM): old[number] = signal.signal(number, lambda *_: asked.append(True))
+    try: yield asked
+    finally:
+        for number, handler in old.items(): signal.signal(number, handler)
+
 # %% ../nbs/04_pretrain.ipynb #52014446
-def _step(objective, cfg, optimizers, batch_at, step, rank, world, device):
-    "One optimiser step: gradients of every micro-batch, clipped, with this step's learning rate."
-    sums, loads = torch.zeros(4, device=device), 0
-    for i in range(cfg.grad_accum):
-        batch = [t.to(device, non_blocking=True) for t in batch_at(step * cfg.grad_accum + i, rank, world)]
-        weight = _share(batch[-1], world)   # 1.0 where every process has as many targets as the others
-        last = i == cfg.grad_accum - 1
-        with nullcontext() if last or world == 1 else objective.no_sync(), _autocast(device, cfg.dtype):
-            losses, load, entropy = objective(*batch)
-        with nullcontext() if last or world == 1 else objective.no_sync():
-            (losses.total * weight / cfg.grad_accum).backward()
-        sums += torch.stack([part.detach() for part in losses]) * weight / cfg.grad_accum
-        loads = loads + load
-    if world > 1:
-        dist.all_reduce(sums)
-        sums /= world
+def _step(objective, model, cfg, optimizers, batches, step):
+    "One step of every optimiser, on all micro-batches of all processes together; returns what the log says of it."
+    names, means, load = _backward(objective, cfg, batches)
     params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
-    if not math.isfinite(sums[0].item() + norm.item()):
-        raise UserError(f"The loss is {sums[0].item()} at step {step + 1}: nothing was saved since the last checkpoint, which is still good; lower lr or muon_lr and start with --fresh.")
+    norm = nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf).item()
+    if not math.isfinite(means[0] + norm): raise _diverged(step + 1, means[0], norm)
     factor = schedule(step, cfg)
     for optimizer in optimizers:
         for group in optimizer.param_groups: group["lr"] = group["peak_lr"] * factor
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    model = getattr(objective, "module", objective).model
-    model.nudge_bias(loads)
-    shares = loads / loads.sum(-1, keepdim=True)
-    return dict(zip(("loss", "ce", "load_balance", "z"), (round(v, 6) for v in sums.tolist())), grad_norm=round(norm.item(), 4), lr=factor,
-                load=[[round(s, 4) for s in layer] for layer in shares.tolist()], entropy=[round(e, 4) for e in entropy.tolist()])
+    model.nudge_bias(load)
+    losses, entropy, share = means[:len(names)], means[len(names):], load / load.sum(-1, keepdim=True)
+    return {**{name: round(value, 6) for name, value in zip(("loss", *names[1:]), losses)}, "grad_norm": round(norm, 4), "lr": factor,
+            "load": [[round(s, 4) for s in layer] for layer in share.tolist()], "entropy": [round(e, 4) for e in entropy]}
 
-def _share(targets, world):
-    if world == 1: return 1.0
-    count = (targets >= 0).sum().float()
-    total = count.clone()
-    dist.all_reduce(total)
-    return count * world / total
+def _backward(objective, cfg, batches):
+    "Add up gradients as if all were one batch: a micro-batch of a process weighs as much as it has targets."
+    (_, world), device = _place(), batches[0][0].device
+    counts = torch.stack([(batch[-1] >= 0).sum() for batch in batches])
+    total = counts.sum()
+    if world > 1: dist.all_reduce(total)
+    means, loads = 0, 0
+    for i, (batch, weight) in enumerate(zip(batches, counts / total.clamp(min=1))):
+        with objective.no_sync() if world > 1 and i < len(batches) - 1 else nullcontext():   # processes meet once a step
+            with _autocast(device, cfg.dtype): losses, load, entropy = objective(*batch)
+            (losses[0] * weight * world).backward()     # DistributedDataParallel divides by world
+        means = means + torch.cat((torch.stack(losses).detach(), entropy)) * weight
+        loads = loads + load
+    if world > 1: dist.all_reduce(means)
+    return losses._fields, means.tolist(), loads
 
-def _anywhere(flag, device):
+def _diverged(step, loss, norm=None):
+    what = f"The loss is {loss:.3g}" + (f" and the norm of its gradient {norm:.3g}" if norm is not None else "")
+    return UserError(f"{what} at step {step:,}: training stopped, and ckpt_best.pt is as good as it was; lower lr and muon_lr and start with --fresh.")
+
+def _in_any_process(flag, device): # all must stop at the same step, or the others would wait for ever
     if _place()[1] == 1: return flag
-    anyone = torch.tensor(float(flag), device=device)
-    dist.all_reduce(anyone)
-    return anyone.item() > 0
+    count = torch.tensor(float(flag), device=device)
+    dist.all_reduce(count)
+    return count.item() > 0
 
-def _memory_mb(device):
+def _memory_mb(device): # the most that this process has held so far
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device) / 1e6
     try: import resource
     except ImportError: return 0    # Windows has no such counter in its standard library
-    import sys
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 # %% ../nbs/04_pretrain.ipynb #7553dd04
 # what may change between a run and its resume, since no step depends on it
-_FREE = {"evals", "log_every", "save_minutes", "compile"}
+_FREE = {"evals", "log_every", "save_minutes", "compile", "patience"}
 
 def _identity(model, cfg, data):
-    return {**asdict(model.cfg), **{k: v for k, v in asdict(cfg).items() if k not in _FREE}, "data": data}
+    return {**asdict(model.cfg), **{name: value for name, value in asdict(cfg).items() if name not in _FREE}, "data": data}
 
-def _save_last(path, model, cfg, optimizers, step, best, data):
-    save_checkpoint(path, model, identity=_identity(model, cfg, data), step=step, best=best,
+def _save_last(path, model, cfg, optimizers, step, tokens, best, data):
+    save_checkpoint(path, model, identity=_identity(model, cfg, data), step=step, tokens=tokens, best=best,
                     optimizers=[optimizer.state_dict() for optimizer in optimizers], rng=torch.get_rng_state())
 
 def _resume(path, model, cfg, optimizers, data):
     content = load_checkpoint(path)
     try:
-        ours, theirs = _identity(model, cfg, data), content["identity"]
-        differing = [name for name in ours if ours[name] != theirs.get(name)]
-        if differing:
-            name = differing[0]
-            raise UserError(f"{path} comes from a run with another {name} ({theirs.get(name)}, now {ours[name]}): give the old setting back, add --fresh to start anew, or use another --home.")
+        theirs = content["identity"]
+        for name, ours in _identity(model, cfg, data).items():
+            if ours == theirs.get(name): continue
+            change = "other data" if name == "data" else f"another {name} ({theirs.get(name)}, now {ours})"
+            raise UserError(f"{path} comes from a run with {change}: give the old setting back, add --fresh to start anew, or use another --home.")
         model.load_state_dict(content["model"])
         for optimizer, state in zip(optimizers, content["optimizers"], strict=True): optimizer.load_state_dict(state)
         torch.set_rng_state(content["rng"])
-        return content["step"], content["best"]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        return content["step"], content["tokens"], content["best"]
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} cannot be resumed, it lacks what a resume needs: add --fresh to start anew.") from error
 
 # %% ../nbs/04_pretrain.ipynb #7d82f1f2
-def fit(model: NanoMoE, cfg: TrainConfig,
-        batch_at, # batch_at(micro_step, rank, world) -> tensors: a pure function, so that a resume needs no state
-        loss, # loss(model, *tensors) -> LossBreakdown, load (L, E), entropy (L,)
-        score, # score(model) -> dict with "bpb", lower is better
+def fit(model: NanoMoE, cfg: LoopConfig,
+        batch_at, # batch_at(micro_step, rank, world) -> tensors, the targets last: a pure function, so that a resume needs no state
+        loss, # loss(model, *tensors) -> losses (a named tuple, its total first), load (L, E), entropy (L,)
+        score, # score(model) -> dict with `goal` in it
         folder: str | Path, # where checkpoints and logs go
         data: str = "", # what the batches are made of; a checkpoint made of something else is refused
         fresh: bool = False, # start anew even if there is a checkpoint
         sample=None, # sample(model) -> a text to log at every evaluation
+        goal: str = "bpb", # the score that says which weights are the best; lower is better
        ) -> dict: # the best score, with its step
     "Train until `cfg.steps`, saving as it goes; called again, it goes on where it stopped."
     folder, (rank, world), device = Path(folder), _place(), next(model.parameters()).device
-    optimizers, start, best = make_optimizers(model, cfg), 0, {"bpb": math.inf, "step": 0}
-    last = folder / "ckpt_last.pt"
+    optimizers, start, tokens, best = make_optimizers(model, cfg), 0, 0, {goal: math.inf, "step": 0}
+    last, writes = folder / "ckpt_last.pt", rank == 0       # one process writes the files
     if last.is_file() and not fresh:
-        start, best = _resume(last, model, cfg, optimizers, data)
-        if best["step"] == start and rank == 0: save_checkpoint(folder / "ckpt_best.pt", model)   # in case it was killed just between the two
-    objective = Objective(model, loss)
-    if world > 1: objective = DistributedDataParallel(objective, device_ids=[device.index] if device.type == "cuda" else None)
-    if rank == 0:
+        start, tokens, best = _resume(last, model, cfg, optimizers, data)
+        if best["step"] == start and writes: save_checkpoint(folder / "ckpt_best.pt", model)   # in case it was killed just between the two
+    if writes:
+        if fresh: last.unlink(missing_ok=True)      # or, killed before its first save, the new run would go on as the old one
         with write_atomically(folder / "config.json", "w") as file: json.dump({"model": asdict(model.cfg), "train": asdict(cfg)}, file, indent=2)
         train_log, val_log = Log(folder / "train_log.jsonl", start), Log(folder / "val_log.jsonl", start)
+    objective = Objective(model, loss)
+    if world > 1: objective = DistributedDataParallel(objective, device_ids=[device.index] if device.type == "cuda" else None)
     evaluate_at = {round(cfg.steps * (i + 1) / cfg.evals) for i in range(cfg.evals)}
-    clock = saved = time.perf_counter()
-    tokens_at_clock = 0
-    bar = tqdm(total=cfg.steps, initial=start, unit="step", disable=None if rank == 0 else True)
-    with _catching_stops() as asked, bar:
+    seen, clock = tokens, time.perf_counter()       # since when the speed is measured
+    saved = clock
+    with _catching_stops() as asked, _progress_bar(start, cfg.steps, writes) as bar:
         for step in range(start, cfg.steps):
-            row = _step(objective, cfg, optimizers, batch_at, step, rank, world, device)
-            done = step + 1
-            tokens_at_clock += cfg.batch_size * cfg.grad_accum * cfg.seq_len
-            stop = _anywhere(bool(asked), device)
-            if rank == 0 and (done % cfg.log_every == 0 or done in evaluate_at or done == start + 1):
-                row["tokens_per_s"] = round(tokens_at_clock / (time.perf_counter() - clock), 1)
-                row["memory_mb"] = round(_memory_mb(device))
-                clock, tokens_at_clock = time.perf_counter(), 0
-                train_log.write(step=done, tokens=done * cfg.batch_size * cfg.grad_accum * cfg.seq_len, **row)
-                bar.set_postfix_str(f"loss {row['ce']:.3f}, bpb {best['bpb']:.3f}, {row['tokens_per_s']:,.0f} tokens/s")
+            if cfg.patience and sum(best["step"] < at <= step for at in evaluate_at) >= cfg.patience: break    # it got no better
+            micro_steps = range(step * cfg.grad_accum, (step + 1) * cfg.grad_accum)
+            batches = [[t.to(device, non_blocking=True) for t in batch_at(micro, rank, world)] for micro in micro_steps]
+            row = _step(objective, model, cfg, optimizers, batches, step)
+            done, now = step + 1, time.perf_counter()
+            tokens += sum(batch[0].numel() for batch in batches) * world
+            if writes and (done == 1 or done % cfg.log_every == 0 or done in evaluate_at):
+                speed, clock, seen = (tokens - seen) / (now - clock), now, tokens
+                train_log.write(step=done, tokens=tokens, **row, tokens_per_s=round(speed, 1), memory_mb=round(_memory_mb(device)))
+                bar.set_postfix_str(f"loss {row['loss']:.3f}, best {goal} {best[goal]:.3f}, {speed:,.0f} tokens/s")
+            bar.update()
+            stop = _in_any_process(bool(asked), device)
             if done in evaluate_at:
-                model.eval()
-                result = score(model)
-                if not math.isfinite(result["bpb"]): raise UserError(f"The score is {result['bpb']} after step {done}: the last checkpoint is kept; lower lr or muon_lr and start with --fresh.")
-                better = result["bpb"] < best["bpb"]
+                result = score(model.eval())
+                if not math.isfinite(result[goal]): raise _diverged(done, result[goal])
+                better = result[goal] < best[goal]
                 if better: best = {**result, "step": done}
-                if rank == 0:
+                if writes:
                     text = sample(model) if sample else None
-                    val_log.write(step=done, **result, sample=text)     # first: a resume drops it if the checkpoint is not reached
-                    _save_last(last, model, cfg, optimizers, done, best, data)
+                    bar.write(f"step {done:,}: {_in_words(result)}" + (f"\n    {text[:200]!r}" if text else ""))
+                    val_log.write(step=done, tokens=tokens, **result, sample=text)  # before the checkpoint: a resume can drop a row, and not make one up
+                    _save_last(last, model, cfg, optimizers, done, tokens, best, data)
                     if better: save_checkpoint(folder / "ckpt_best.pt", model)
-                    bar.write(f"step {done:,}: {result['bpb']:.4f} bits per byte, {result['nats']:.4f} nats per token"
-                              + (f"\n    {text[:200]!r}" if text else ""))
                 model.train()
                 clock = saved = time.perf_counter()
-            elif rank == 0 and (stop or time.perf_counter() - saved > 60 * cfg.save_minutes):
-                _save_last(last, model, cfg, optimizers, done, best, data)
+            elif writes and (stop or now - saved > 60 * cfg.save_minutes):
+                _save_last(last, model, cfg, optimizers, done, tokens, best, data)
                 saved = time.perf_counter()
-            bar.update()
             if stop and done < cfg.steps: raise Stopped(f"Stopped after step {done:,} of {cfg.steps:,}, and saved; the same command goes on from there.")
     return best
 
+def _progress_bar(start, steps, shown):
+    watched = sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ   # a terminal, or a notebook that somebody has open
+    return tqdm(initial=start, total=steps, unit="step", disable=not (shown and watched))
+
+def _in_words(result):
+    units = {"bpb": "bits per byte", "nats": "nats per token"}
+    return ", ".join(f"{value:.4f} {units.get(name, name)}" for name, value in result.items())
+
 # %% ../nbs/04_pretrain.ipynb #de4db1b9
 def pretrain(home: str | Path, # has tokenizer.json and data/shards; gets artifacts/pretraining
-             chosen: Preset,
+             chosen: Preset, # the model's shape and how to train it
              device: str = "cpu", # "cpu", "cuda" or "mps"
              fresh: bool = False, # start anew even if there is a checkpoint
              sample=None, # sample(model) -> a text to log at every evaluation
             ) -> dict: # the best score, with its step
     "Train a model on the shards of a home folder. Under `torchrun` every process takes its share of each batch."
     home, cfg = Path(home), chosen.train
+    if cfg.seq_len > chosen.model.max_seq_len:
+        raise UserError(f"seq_len={cfg.seq_len} is more than max_seq_len={chosen.model.max_seq_len}; lower the one or raise the other.")
     tok = load_tokenizer(home / "tokenizer.json")
     shards = load_shards(home / "data" / "shards", tok)
-    with _processes(device, cfg) as device:
+    def score(model): return evaluate(model, shards.val, shards.meta["splits"]["val"]["bytes"], cfg.batch_size, cfg.seq_len, cfg.dtype)
+    with processes(device, cfg) as device:
         torch.manual_seed(cfg.seed)
         model = NanoMoE(replace(chosen.model, vocab_size=tok.get_vocab_size())).to(device).train()
-        if cfg.seq_len > model.cfg.max_seq_len:
-            raise UserError(f"seq_len={cfg.seq_len} is more than max_seq_len={model.cfg.max_seq_len}; lower the one or raise the other.")
         if cfg.compile: model.hidden = torch.compile(model.hidden)
-        batches = Batches(shards.train, cfg.batch_size, cfg.seq_len, cfg.seed)
-        return fit(model, cfg, batches, NanoMoE.loss_and_routing,
-                   lambda model: evaluate(model, shards.val, shards.meta["splits"]["val"]["bytes"], cfg.batch_size, cfg.seq_len, cfg.dtype),
+        return fit(model, cfg, Batches(shards.train, cfg.batch_size, cfg.seq_len, cfg.seed), NanoMoE.loss_and_routing, score,
                    home / "artifacts" / "pretraining", sha256_of(json.dumps(shards.meta, sort_keys=True)), fresh, sample)
 
 @contextmanager
-def _processes(device, cfg):
-    "The device of this process; under torchrun, with all processes connected."
+def processes(device: str, # "cpu", "cuda" or "mps"
+              cfg: LoopConfig):
+    "The device of this process; under `torchrun`, with all processes connected."
+    world = int(os.environ.get("WORLD_SIZE", 1))    # how many torchrun has started
     if device == "cuda": torch.set_float32_matmul_precision("high")     # TF32
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if world == 1:
         yield torch.device(device)
         return
-    if cfg.batch_size < int(os.environ["WORLD_SIZE"]):
-        raise UserError(f"batch_size={cfg.batch_size} cannot be shared by {os.environ['WORLD_SIZE']} processes; raise it or start fewer.")
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    try: yield torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device(device)
+    if cfg.batch_size < world: raise UserError(f"batch_size={cfg.batch_size} cannot be shared by {world} processes; raise it or start fewer.")
+    backend = "nccl" if device == "cuda" else "gloo"
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend)
+    try: yield torch.device(device)
     finally: dist.destroy_process_group()
 
 # %% ../nbs/04_pretrain.ipynb #124b3e81
@@ -338,25 +346,29 @@ def plot_training(folder: str | Path, # holds train_log.jsonl and val_log.jsonl
                  ): # -> matplotlib Figure
     "Loss, router losses, load per expert and throughput of a run, in one figure."
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
     train, val = read_log(Path(folder) / "train_log.jsonl"), read_log(Path(folder) / "val_log.jsonl")
-    tokens = [row["tokens"] / 1e6 for row in train]
-    at = {row["step"]: row["tokens"] / 1e6 for row in train}
+    if not train: raise UserError(f"There is nothing to draw in {folder}: train first.")
+    tokens = [row["tokens"] for row in train]
     figure = Figure(figsize=(10, 6.4), layout="constrained")
-    (loss, quality), (router, speed) = figure.subplots(2, 2)
+    (loss, router), (load, speed) = figure.subplots(2, 2)
     loss.plot(tokens, [row["ce"] for row in train], color="#56B4E9", lw=1, label="training batch")
-    loss.plot([at[row["step"]] for row in val], [row["nats"] for row in val], "o-", color="#0072B2", ms=4, label="whole validation split")
+    loss.plot([row["tokens"] for row in val], [row["nats"] for row in val], "o-", color="#0072B2", ms=4, label="whole validation split")
     loss.set(title="Cross-entropy", ylabel="nats per token")
-    quality.plot(tokens, [row["load_balance"] for row in train], color="#D55E00", label="load balance (1 = even)")
-    quality.plot(tokens, [row["z"] for row in train], color="#009E73", label="z-loss")
-    quality.set(title="Router losses", ylabel="before their coefficients", ylim=(0, None))
-    last_layer = list(zip(*(row["load"][-1] for row in train)))
-    router.stackplot(tokens, last_layer, colors=["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#666666"], labels=[f"expert {e}" for e in range(len(last_layer))])
-    router.set(title="Load of the experts, last layer", ylabel="share of assignments", ylim=(0, 1), xlabel="million tokens")
+    router.plot(tokens, [row["load_balance"] for row in train], color="#D55E00", label="load balance (1 = even)")
+    router.plot(tokens, [row["z"] for row in train], color="#009E73", label="z-loss")
+    router.set(title="Router losses", ylabel="before their coefficients", ylim=(0, None))
+    shares = list(zip(*(row["load"][-1] for row in train)))
+    load.stackplot(tokens, shares, colors=["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#666666"], alpha=0.8)
+    for e, share in enumerate(shares):      # its name in the middle of its band, where the run ends
+        load.annotate(f" expert {e}", (tokens[-1], sum(s[-1] for s in shares[:e]) + share[-1] / 2), va="center", fontsize=8)
+    load.set(title="Load of the experts, last layer", ylabel="share of assignments", ylim=(0, 1))
     speed.plot(tokens, [row["tokens_per_s"] for row in train], color="#666666")
-    speed.set(title="Throughput", ylabel="tokens per second", ylim=(0, None), xlabel="million tokens")
-    for axes in (loss, quality, router, speed):
+    speed.set(title="Throughput", ylabel="tokens per second", ylim=(0, None))
+    for axes in (loss, router, load, speed):
         axes.title.set_ha("left"), axes.title.set_x(0)
         axes.spines[["top", "right"]].set_visible(False)
-    for axes in (loss, quality): axes.legend(frameon=False)
-    router.legend(frameon=True, ncols=4, loc="lower center", fontsize=8)
+        axes.set_xlabel("training tokens")
+        axes.xaxis.set_major_formatter(EngFormatter())
+    for axes in (loss, router): axes.legend(frameon=False)
     return figure
