@@ -26,6 +26,7 @@ _REASONS = {
     errno.EDQUOT: "your disk quota is used up; free some space and try again",
     errno.EACCES: "permission denied; choose a folder that you may write to",
     errno.EPERM: "permission denied; choose a folder that you may write to",
+    errno.ENOENT: "its folder is gone, or cannot be made; make the folder or choose another one",
     errno.EROFS: "this disk is read-only; choose a folder that you may write to",
     errno.EEXIST: "a file stands where a folder is needed; move it away or choose another folder",
     errno.ENOTDIR: "a file stands where a folder is needed; move it away or choose another folder",

@@ -48,7 +48,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     "Read a tokenizer that `save_tokenizer` wrote."
     try:
         tok = Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"There is no tokenizer at {path}: run `nanomoe tokenizer` to make one.") from None
     except Exception as error:
         raise UserError(f"{path} is not a readable tokenizer ({error}): run `nanomoe tokenizer` to make a new one.") from error

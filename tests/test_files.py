@@ -187,6 +187,14 @@ def test_a_file_where_a_folder_should_be_and_the_other_way_round(tmp_path):
     assert names(tmp_path) == ["file", "folder"]
 
 
+def test_a_folder_that_is_removed_meanwhile(tmp_path):
+    with pytest.raises(UserError, match="Cannot write .*file: its folder is gone"), write_atomically(tmp_path / "folder" / "file") as file:
+        file.write(b"x")
+        next((tmp_path / "folder").iterdir()).unlink()
+        (tmp_path / "folder").rmdir()
+    assert names(tmp_path) == []
+
+
 def test_errors_about_other_things_are_left_as_they_are(tmp_path):
     with pytest.raises(FileNotFoundError), write_atomically(tmp_path / "file"):
         open(tmp_path / "no such file")
