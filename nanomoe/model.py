@@ -134,12 +134,17 @@ class NanoMoE(nn.Module):
         "The losses, the load (L, E) of every expert, and each router's mean entropy (L,) in nats."
         h, routings = self.hidden(tokens)
         ce = chunked_cross_entropy(h.flatten(0, 1), self.embed.weight, targets.flatten())
+        extra, balance, z, load, entropy = self.routing_losses(routings)
+        return LossBreakdown(ce + extra, ce, balance, z), load, entropy
+
+    def routing_losses(self, routings: list[Routing]) -> tuple[Tensor, ...]:
+        "What the routers add to a loss; the balance loss and the z-loss it is made of; load (L, E) and entropy (L,)."
         logits, probs = (torch.stack([getattr(r, name) for r in routings]) for name in ("logits", "probs"))  # (L, N, E)
         load = _over_processes(torch.stack([expert_load(r.experts, self.cfg.num_experts) for r in routings])) # (L, E)
         balance, z = load_balance_loss(load, probs).mean(), z_loss(logits).mean()
         coef = self.cfg.load_balance_coef if self.cfg.balance == "aux" else 0.0
         entropy = -(probs * probs.clamp(min=1e-9).log()).sum(-1).mean(-1).detach()
-        return LossBreakdown(ce + coef * balance + self.cfg.z_coef * z, ce, balance, z), load, entropy
+        return coef * balance + self.cfg.z_coef * z, balance, z, load, entropy
 
     def loss(self, tokens: Tensor, targets: Tensor) -> LossBreakdown: # (B, T) each
         "Cross-entropy and the routers' losses, as `LossBreakdown(total, ce, load_balance, z)`."

@@ -7,6 +7,7 @@ __all__ = ['schedule', 'orthogonalize', 'Muon', 'make_optimizers', 'evaluate', '
            'pretrain', 'processes', 'plot_training']
 
 # %% ../nbs/04_pretrain.ipynb #fbef5529
+import gc
 import json
 import math
 import os
@@ -339,7 +340,9 @@ def processes(device: str, # "cpu", "cuda" or "mps"
         torch.cuda.set_device(device)
     dist.init_process_group(backend)
     try: yield torch.device(device)
-    finally: dist.destroy_process_group()
+    finally:
+        gc.collect()    # a DistributedDataParallel that is still around would outlive its connections, and abort the process at its end
+        dist.destroy_process_group()
 
 # %% ../nbs/04_pretrain.ipynb #124b3e81
 def plot_training(folder: str | Path, # holds train_log.jsonl and val_log.jsonl
