@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, strategies as st
 
 from nanomoe.config import ModelConfig
-from nanomoe.generate import generate, keep_likely, penalize, stream_text
+from nanomoe.files import UserError
+from nanomoe.generate import generate, keep_likely, penalize, stream, stream_text
 from nanomoe.stories import storybook
 from nanomoe.tokenizer import train_tokenizer
 from test_oracle import random_model, reference, shapes
@@ -54,7 +55,7 @@ TOK = train_tokenizer([story.text for story in storybook(n=50)], 300)
 def test_pieces_join_to_the_whole_text(ids):
     def written(*_, **__):
         for i in ids: yield torch.tensor([i])
-        return "length"
+        return ["length"]
     with patch("nanomoe.generate.stream", written): pieces = list(stream_text(tiny(300), TOK, "x"))
     assert "".join(pieces) == TOK.decode(ids) and "" not in pieces
 
@@ -68,3 +69,55 @@ def test_rows_that_have_ended_stay_ended():
     assert (tokens == 3).any()
     for row in tokens[:, 1:].tolist():
         if 3 in row: assert set(row[row.index(3):]) == {3}
+
+
+@given(cfg=shapes(), seed=st.integers(0, 2**16), lengths=st.lists(st.integers(1, 20), min_size=1, max_size=4), use=st.booleans(),
+       how=st.sampled_from([{"temperature": 0}, {"top_p": 0.9}, {"temperature": 0.8, "min_p": 0.05, "repetition_penalty": 1.2}]), eos=st.sampled_from([None, 3]))
+def test_each_prompt_of_a_batch_gives_what_it_gives_alone(cfg, seed, lengths, use, how, eos):
+    model, prompts = random_model(cfg, seed).eval(), [torch.randint(4, 64, (n,)) for n in lengths]
+    together = generate(model, prompts, 15, seed=seed, use_cache=use, eos_id=eos, **how)
+    for i, (row, prompt) in enumerate(zip(together, prompts)):
+        assert row.equal(generate(model, prompt[None], 15, seed=seed + i, eos_id=eos, **how)[0])
+
+
+def test_a_batch_of_greedy_texts_is_that_of_transformers():
+    cfg = ModelConfig(vocab_size=64, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=12, max_seq_len=64)
+    model, prompts = random_model(cfg, 0).eval(), [torch.randint(4, 64, (n,)) for n in (3, 9, 5)]
+    padded = torch.stack([torch.cat((torch.zeros(9 - len(p), dtype=torch.long), p)) for p in prompts])
+    theirs = reference(cfg, model).generate(padded, attention_mask=(padded > 0).long(), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    for row, prompt, expected in zip(generate(model, prompts, 20, temperature=0), prompts, theirs):
+        assert row.equal(expected[9 - len(prompt):])
+
+
+def reasons(*args, **kwargs):
+    steps = stream(*args, **kwargs)
+    while True:
+        try: next(steps)
+        except StopIteration as end: return end.value
+
+
+def test_every_row_says_why_it_ended():
+    model = tiny(8)     # room for 64 tokens
+    prompts = [torch.full((n,), 5) for n in (60, 10, 64)]
+    assert reasons(model, prompts, 5, temperature=0) == ["length", "length", "context"]
+    assert reasons(model, prompts, 500, temperature=0) == ["context"] * 3
+    assert reasons(model, prompts, 0) == ["length"] * 3
+    first = next(stream(model, prompts[1][None], 1, temperature=0)).item()
+    assert reasons(model, [prompts[1], torch.full((3,), 6)], 4, temperature=0, eos_id=first)[0] == "stop"
+
+
+@pytest.mark.parametrize("prompts, how", [([], {}), ([torch.ones(0, dtype=torch.long)], {}), ([torch.ones(65, dtype=torch.long)], {}),
+                                          ([torch.ones(2, dtype=torch.long)], {"temperature": -1}), ([torch.ones(2, dtype=torch.long)], {"repetition_penalty": 0})])
+def test_mistakes_are_sentences(prompts, how):
+    with pytest.raises(UserError, match=r"\.$"): generate(tiny(8), prompts, 4, **how)
+
+
+def test_no_piece_ends_inside_a_character():
+    text = "".join(chr(x) for x in (0x2603, 0x1F409, 0xE9)) * 2
+    ids = TOK.encode(text).ids      # several tokens for each character
+    assert len(ids) > len(text)
+    def written(*_, **__):
+        for i in ids: yield torch.tensor([i])
+        return ["length"]
+    with patch("nanomoe.generate.stream", written): pieces = list(stream_text(tiny(300), TOK, "x"))
+    assert "".join(pieces) == text and not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
