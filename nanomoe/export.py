@@ -272,30 +272,34 @@ def export_hf(checkpoint_path: str | Path,
             file.write(safetensors.torch.save(hf_tensors(model, getattr(torch, dtype)), {"format": "pt"}))
     return Path(folder)
 
-# %% ../nbs/09_export.ipynb #25fb22e3
-def config_from_hf(config: dict) -> ModelConfig:
+# %% ../nbs/09_export.ipynb #d83cb1df
+def config_from_hf(config: dict) -> ModelConfig: # config is what config.json says
     "The inverse of `hf_config`. Raises `UserError` for a model that is not ours."
-    kind = config.get("model_type")
-    if kind not in FAMILIES:
-        raise UserError(f'The folder holds a model of type "{kind}", and Nano-MoE reads only {" and ".join(FAMILIES)}: choose another folder.')
+    if str(config.get("model_type")) not in FAMILIES:
+        raise UserError(f'The folder holds a model of type "{config.get("model_type")}", and Nano-MoE reads only {" and ".join(FAMILIES)}: choose another folder.')
     config = {"rope_parameters": {}, "nano_moe": {}, **{name: value for name, value in config.items() if value is not None}}
-    settings = {name: config.get(theirs) for name, theirs in FAMILIES[kind].settings.items()}
-    settings["rope_theta"] = config["rope_parameters"].get("rope_theta", config.get("rope_theta"))
-    if kind == "granitemoeshared": settings["num_shared_experts"] = config.get("shared_intermediate_size", 0) // (settings["d_ff"] or 1)
-    for name, type_ in get_type_hints(ModelConfig).items():
-        value = settings.setdefault(name, config["nano_moe"].get(name, getattr(ModelConfig, name)))
-        if isinstance(value, bool) or not isinstance(value, (int, float) if type_ is float else type_):
-            raise UserError(f"The folder's config.json says {name}={value}, which is no {type_.__name__}: Nano-MoE cannot hold this model.")
-    cfg = ModelConfig(**settings)
-    _refuse_foreign(config, cfg, kind)
+    try: cfg = ModelConfig(**_settings_from(config))
+    except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"The folder's config.json makes no sense ({error}): export the model again.") from error
+    _refuse_foreign(config, cfg)
     return cfg
+
+def _settings_from(config):
+    family, rope = FAMILIES[config["model_type"]], config["rope_parameters"]
+    settings = {**config["nano_moe"], **{name: config.get(theirs) for name, theirs in family.settings.items()},
+                "rope_theta": rope.get("rope_theta", config.get("rope_theta"))}
+    if "num_shared_experts" not in family.settings: settings["num_shared_experts"] = config.get("shared_intermediate_size", 0) // settings["d_ff"]
+    for name, type_ in get_type_hints(ModelConfig).items():
+        value = settings.get(name, getattr(ModelConfig, name))
+        if isinstance(value, bool) or not isinstance(value, (int, float) if type_ is float else type_): raise ValueError(f"{name} is {value}")
+    return settings
 
 _ANY = {"architectures", "dtype", "bos_token_id", "eos_token_id", "pad_token_id", "rope_theta", "nano_moe",
         "intermediate_size"}    # for ERNIE, of layers without experts, and there are none; for Granite it is d_ff
 
-def _refuse_foreign(config, cfg, kind):
+def _refuse_foreign(config, cfg):
     plain = {"rope_type": "default", "rope_theta": cfg.rope_theta}
-    needed = {**hf_config(cfg, kind), "rope_parameters": plain, "rope_scaling": None, "head_dim": cfg.head_dim}
+    needed = {**hf_config(cfg, config["model_type"]), "rope_parameters": plain, "rope_scaling": None, "head_dim": cfg.head_dim}
     said = {"head_dim": cfg.head_dim, **config, "rope_parameters": {**plain, **config["rope_parameters"]}}
     for name, ours in needed.items():
         if name in _ANY: continue
