@@ -55,9 +55,9 @@ def trace_routing(model: NanoMoE,
                  ) -> Trace: # on the CPU
     "What every router decides for these tokens. It only reads: the model and its output stay as they are."
     if tokens.numel() == 0 or tokens.shape not in (tokens.shape[-1:], (1, *tokens.shape[-1:])):
-        raise UserError(f"A trace takes the tokens of one text, (T,) or (1, T), and at least one; these have the shape {tuple(tokens.shape)}.")
+        raise UserError(f"A trace takes the tokens of one text, (T,) or (1, T); these have the shape {tuple(tokens.shape)}.")
     if not 0 <= tokens.min() <= tokens.max() < model.cfg.vocab_size:
-        raise UserError(f"The model knows {model.cfg.vocab_size} tokens, and these go from {tokens.min()} to {tokens.max()}: use the tokenizer it was trained with.")
+        raise UserError(f"These tokens go up to {tokens.max()}, and the model knows {model.cfg.vocab_size}: use the tokenizer it was trained with.")
     _, routings = model.hidden(tokens.reshape(1, -1).to(model.embed.weight.device))
     return Trace(*(torch.stack([getattr(r, name) for r in routings]).cpu() for name in ("experts", "weights", "probs")))
 
@@ -85,12 +85,14 @@ def expert_words(tokens: Tensor, # (N,)
                  least: int = 10, # a token that occurs less often is left out
                 ) -> list[list[Word]]: # for each expert, the most over-represented first
     "The tokens that are over-represented at each expert, by log-odds with half a token added to every count."
-    here = torch.bincount(tokens * num_experts + experts, minlength=(tokens.max() + 1) * num_experts).view(-1, num_experts).double() # (V, E)
+    here = torch.bincount(tokens * num_experts + experts, minlength=(int(tokens.max()) + 1) * num_experts)
+    here = here.view(-1, num_experts).double() # (V, E)
     total, all_here = here.sum(1, keepdim=True), here.sum(0)
     odds = (here + 0.5) / (total - here + 0.5)
     others = (all_here - here + 0.5) / (len(tokens) - total - all_here + here + 0.5)
-    bits = (odds / others).log2().masked_fill(total < least, -torch.inf)
-    return [[Word(t, int(here[t, e]), int(total[t]), bits[t, e].item()) for t in bits[:, e].argsort(descending=True)[:n].tolist() if bits[t, e] > 0]
+    bits = (odds / others).log2().masked_fill((total < least) | (here == 0), -torch.inf)
+    best = bits.argsort(dim=0, descending=True)[:n]
+    return [[Word(t, int(here[t, e]), int(total[t]), bits[t, e].item()) for t in best[:, e].tolist() if bits[t, e] > 0]
             for e in range(num_experts)]
 
 # %% ../nbs/08_routing_viz.ipynb #8f925381
@@ -108,7 +110,7 @@ def without_expert(model: NanoMoE,
     bias = torch.zeros(model.cfg.num_experts, device=moe.router.weight.device) if before is None else before.clone()
     bias[expert] = -torch.inf
     if (bias > -torch.inf).sum() < model.cfg.top_k:
-        raise UserError(f"A token visits {model.cfg.top_k} experts, and so many have to stay on: no further expert of layer {layer} can be turned off.")
+        raise UserError(f"A token visits {model.cfg.top_k} experts, so at least as many have to stay on: turn another one on first.")
     moe.bias = bias
     try: yield model
     finally: moe.bias = before
@@ -137,6 +139,9 @@ def specialization(labels: Tensor, # (N,) the token, or the one before, or the t
     generator = torch.Generator().manual_seed(seed)
     places = torch.arange(len(labels)) if groups is None else groups
     of_place = torch.zeros(int(places.max()) + 1, dtype=labels.dtype).scatter(0, places, labels)
-    if not of_place[places].equal(labels): raise UserError("All tokens of a group need the same label: leave groups out if each token has its own.")
-    chance = torch.tensor([mutual_information(of_place[torch.randperm(len(of_place), generator=generator)][places], experts) for _ in range(shuffles)])
-    return Specialization(mutual_information(labels, experts), chance.mean().item(), chance.std(correction=0).item(), mutual_information(experts, experts))
+    if not of_place[places].equal(labels):
+        raise UserError("All tokens of a group need the same label: leave groups out if each token has its own.")
+    def shuffled(): return of_place[torch.randperm(len(of_place), generator=generator)][places]
+    chance = torch.tensor([mutual_information(shuffled(), experts) for _ in range(shuffles)])
+    return Specialization(mutual_information(labels, experts), chance.mean().item(), chance.std(correction=0).item(),
+                          mutual_information(experts, experts))

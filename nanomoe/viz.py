@@ -67,7 +67,10 @@ padding:.4em .8em;font:12px/1.4 monospace;white-space:pre;background:#222;color:
 
 def _colours(expert): return f"background-color:{PALETTE[expert % len(PALETTE)]}38;border-bottom:3px solid {PALETTE[expert % len(PALETTE)]}"
 
-def _visible(piece): return html.escape(piece or "\N{MIDDLE DOT}").replace("\n", "\N{RETURN SYMBOL}<br>").replace("\r", "")
+def _visible(piece, e):
+    "A piece and the number of its expert; the line ends after both."
+    text = html.escape((piece or "\N{MIDDLE DOT}").replace("\r\n", "\n").replace("\r", "\n")).replace("\n", "\N{RETURN SYMBOL}")
+    return f"{text}<sub>{e}</sub>" + "<br>" * piece.endswith(("\n", "\r"))
 
 def _tip(piece, token, layer, trace):
     "All experts of a token, as lines of text."
@@ -84,11 +87,11 @@ def tokens_html(pieces: list[str], # T texts, from `token_pieces`
                ) -> str: # HTML that needs no script; everything in it is escaped
     "The text with each token coloured and numbered by its top expert; hovering over a token, or tapping it, shows all experts."
     if len(pieces) != trace.probs.shape[1]:
-        raise UserError(f"There are {len(pieces)} pieces of text and {trace.probs.shape[1]} traced tokens: trace the same tokens that the pieces come from.")
+        raise UserError(f"There are {len(pieces)} pieces and {trace.probs.shape[1]} traced tokens: trace the tokens that the pieces come from.")
     layer, E = range(len(trace.probs))[layer], trace.probs.shape[-1]
     frame = ";outline:2px solid currentColor"
-    spans = [f'<span tabindex="0" style="{_colours(e)}{frame if t == selected else ""}" data-tip="{_tip(piece, t, layer, trace)}">{_visible(piece)}<sub>{e}</sub></span>'
-             for t, (piece, e) in enumerate(zip(pieces, trace.top[layer].tolist()))]
+    spans = [f'<span tabindex="0" style="{_colours(e)}{frame if t == selected else ""}" data-tip="{_tip(piece, t, layer, trace)}">'
+             f'{_visible(piece, e)}</span>' for t, (piece, e) in enumerate(zip(pieces, trace.top[layer].tolist()))]
     legend = " ".join(f'<span style="{_colours(e)}">&nbsp;{e}&nbsp;</span>' for e in range(E))
     return (f'<div class="nm-tokens" style="padding-bottom:{1.2 * E}em"><style>{_CSS}</style>{"".join(spans)}'
             f'<div>Layer {layer}; top expert: {legend} Hover over a token, or tap it, to see all experts.</div></div>')
@@ -120,12 +123,13 @@ def usage_figure(usages: dict, # name of a checkpoint -> (P, L, E) shares, `trac
         if layer >= L: ax.set_axis_off(); continue
         for i, (name, usage) in enumerate(usages.items()):
             if layer >= usage.shape[1]: continue
-            ax.bar(torch.arange(usage.shape[2]) + (i - (len(usages) - 1) / 2) * width, usage[:, layer].mean(0), width, label=name, color=PALETTE[i], hatch=["", "///", "..."][i % 3],
-                   edgecolor="white", yerr=usage[:, layer].std(0, correction=0), error_kw={"ecolor": "#222222", "lw": 1})
+            x, shares = [e + (i - (len(usages) - 1) / 2) * width for e in range(usage.shape[2])], usage[:, layer]
+            ax.bar(x, shares.mean(0).tolist(), width, yerr=shares.std(0, correction=0).tolist(), error_kw={"ecolor": "#222222", "lw": 1},
+                   label=name, color=PALETTE[i % len(PALETTE)], hatch=["", "///", "..."][i % 3], edgecolor="white")
         ax.axhline(1 / E, color="#444444", ls="--", lw=0.8)
         style_axes(ax, f"Layer {layer}", xticks=range(E), xlabel="expert")
         if layer % columns == 0: ax.set_ylabel("share of assignments")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(usages), frameon=False, fontsize=9)
+    if len(usages) > 1: figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=len(usages), frameon=False, fontsize=9)
     return figure
 
 # %% ../nbs/08_routing_viz.ipynb #527fd716
@@ -138,8 +142,8 @@ def confidence_figure(confidences: dict, # name of a checkpoint -> (L, N) larges
     for row, (name, confidence) in zip(grid, confidences.items()):
         for layer, ax in enumerate(row):
             if layer >= len(confidence): ax.set_axis_off(); continue
-            values = torch.as_tensor(confidence[layer]).float()
-            ax.hist(values, bins=torch.linspace(0, 1, 26), weights=torch.full_like(values, 1 / len(values)), color=PALETTE[0])
+            values = torch.as_tensor(confidence[layer]).float().numpy()
+            ax.hist(values, bins=25, range=(0, 1), weights=[1 / len(values)] * len(values), color=PALETTE[0])
             ax.axvline(values.mean(), color=PALETTE[5], ls="--", lw=1)
             style_axes(ax, f"Layer {layer}: mean {values.mean():.2f}", xlim=(0, 1), xticks=[0, 0.5, 1])
         row[0].set_ylabel(f"{name}\nshare of tokens")
@@ -161,10 +165,12 @@ def explore_text(model: NanoMoE, tok: Tokenizer, text: str = "Once upon a time")
     more = w.Button(description="Write on", tooltip="Let the model add 40 tokens")
     layer = w.IntSlider(model.cfg.n_layers - 1, 0, model.cfg.n_layers - 1, description="Layer")
     token = w.IntSlider(0, 0, 0, description="Token")
-    words, weights, usage, shown = w.HTML(), w.Image(format="png"), w.Image(format="png"), {}
+    words, shown = w.HTML(), {}
+    weights, usage = (w.Image(format="png", layout=w.Layout(align_self="flex-start")) for _ in range(2))
 
     def read(_=None):
-        try: shown.update(ids=(ids := encode_prompt(tok, box.value)[0]), trace=trace_routing(model, ids), pieces=token_pieces(tok, ids))
+        ids = encode_prompt(tok, box.value)[0]
+        try: shown.update(trace=trace_routing(model, ids), pieces=token_pieces(tok, ids))
         except UserError as error: words.value = html.escape(str(error)); return
         token.max = len(ids) - 1
         usage.value = figure_png(usage_figure({"this text": [shown["trace"].usage]}))
@@ -217,13 +223,15 @@ def heat_figure(panels: dict, # title -> (R, C) numbers
     "Tables of numbers, with a shade for each number."
     panels = {title: torch.as_tensor(values).float() for title, values in panels.items()}
     rows, columns = next(iter(panels.values())).shape
-    low, high = (f([getattr(values, f.__name__)().item() for values in panels.values()]) for f in (min, max))
+    low, high = min(values.min().item() for values in panels.values()), max(values.max().item() for values in panels.values())
     figure = Figure(figsize=(0.8 + (0.5 + 0.55 * columns) * len(panels), 1 + 0.45 * rows), layout="constrained")
     for ax, (title, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        ax.imshow(values, cmap="Blues", vmin=min(low, 0), vmax=high, aspect="auto")
-        for (r, c), value in zip(torch.cartesian_prod(torch.arange(values.shape[0]), torch.arange(values.shape[1])).tolist(), values.flatten().tolist()):
-            ax.text(c, r, format(value, form), ha="center", va="center", fontsize=9, color="white" if value > (min(low, 0) + 1.2 * high) / 2 else "black")
-        style_axes(ax, title, xlabel=xlabel, ylabel=ylabel, xticks=range(values.shape[1]), yticks=range(values.shape[0]))
+        ax.imshow(values.numpy(), cmap="Blues", vmin=min(low, 0), vmax=high, aspect="auto")
+        for r, row in enumerate(values.tolist()):
+            for c, value in enumerate(row):
+                dark = value > (min(low, 0) + 1.2 * high) / 2
+                ax.text(c, r, format(value, form), ha="center", va="center", fontsize=9, color="white" if dark else "black")
+        style_axes(ax, title, xlabel=xlabel, ylabel=ylabel, xticks=range(columns), yticks=range(rows))
         ax.spines[:].set_visible(False)
     return figure
 
@@ -256,7 +264,7 @@ def measure_decoding(model: NanoMoE,
                     ) -> tuple[Tensor, dict[str, Tensor]]: # (parts,) length so far; tokens per second (prompts, parts) with and without cache
     "How fast one story after the other is written, as it grows. The two ways take turns."
     new_tokens = min(new_tokens, model.cfg.max_seq_len - len(prompts[0])) // parts * parts
-    if not new_tokens: raise UserError(f"The model's context of {model.cfg.max_seq_len} leaves no room to write after prompts of {len(prompts[0])} tokens: give shorter ones.")
+    if new_tokens < parts: raise UserError(f"After {len(prompts[0])} tokens, too little room is left in a context of {model.cfg.max_seq_len}: give shorter prompts.")
     def speeds(prompt, use_cache):
         prompt, stamps = prompt[None].to(model.embed.weight.device), [time.perf_counter()]
         for token in stream(model, prompt, new_tokens + 1, temperature=0, use_cache=use_cache):
@@ -277,9 +285,9 @@ def throughput_figure(lengths: Tensor, # (N,) tokens so far
     figure = Figure(figsize=(6, 3), layout="constrained")
     ax = style_axes(figure.subplots(), "Writing speed", xlabel="length so far (tokens)", ylabel="tokens per second")
     for colour, marker, (name, values) in zip(PALETTE[0:1] + PALETTE[5:6] + PALETTE[2:5], "osv^D", speeds.items()):
-        values = torch.as_tensor(values).float()
-        ax.plot(lengths, values.mean(0), marker + "-", ms=4, color=colour, label=f"{name}, mean of {len(values)}")
-        ax.fill_between(lengths, values.min(0).values, values.max(0).values, color=colour, alpha=0.2, lw=0)
+        values = torch.as_tensor(values).float().numpy()
+        ax.plot(list(lengths), values.mean(0), marker + "-", ms=4, color=colour, label=f"{name}, mean of {len(values)}")
+        ax.fill_between(list(lengths), values.min(0), values.max(0), color=colour, alpha=0.2, lw=0)
     ax.set_ylim(0, None)
     ax.legend(frameon=False, fontsize=9)
     return figure
@@ -305,7 +313,9 @@ def scorecard_figure(scores: dict, # {"base": {metric: {"mean": …, "low": …,
     axes = figure.subplots(-(-len(metrics) // columns), columns, squeeze=False).flat
     for metric, ax in zip(metrics, axes):
         for x, stage in enumerate(stages):
-            if not (value := scores[stage].get(metric)): continue
+            if not (value := scores[stage].get(metric)):
+                ax.text(x, 0, "none", ha="center", va="bottom", fontsize=8, color="#666666")
+                continue
             mean, low, high = value
             ax.bar(x, mean, 0.7, color=PALETTE[x % len(PALETTE)])
             ax.vlines(x, low, high, color="#222222", lw=1.2)
@@ -321,8 +331,9 @@ _OPENINGS = ["Once upon a time there was a little girl named Lily.", "One day, a
 
 def _openings(home, n, length=64):
     "The first tokens of the first validation stories; without shards, of a few sentences of our own."
-    try: val = torch.from_numpy(load_shards(home / "data" / "shards").val[:1_000_000].astype("int64"))
-    except UserError: return [encode_prompt(tok := load_tokenizer(home / "tokenizer.json"), text)[0] for text in _OPENINGS]
+    tok = load_tokenizer(home / "tokenizer.json")
+    try: val = torch.from_numpy(load_shards(home / "data" / "shards", tok).val[:1_000_000].astype("int64"))
+    except UserError: return [encode_prompt(tok, text)[0] for text in _OPENINGS]
     stories = val.tensor_split((val == BOS).nonzero()[:, 0])[1:]
     return [story[:length] for story in stories[:n]]
 
@@ -333,7 +344,8 @@ def make_plots(home, # a folder with artifacts/*/ckpt_best.pt
               ) -> list[Path]:
     "Draw the figures of a home folder into reports/figs, for the checkpoints and reports that there are."
     home = Path(home)
-    paths = {name: home / "artifacts" / folder / "ckpt_best.pt" for name, folder in (("pretrain", "pretraining"), ("sft", "sft"), ("dpo", "dpo"))}
+    folders = {"pretrain": "pretraining", "sft": "sft", "dpo": "dpo"}
+    paths = {name: home / "artifacts" / folder / "ckpt_best.pt" for name, folder in folders.items()}
     models = {name: load_model(path, device) for name, path in paths.items() if path.is_file()}
     if not models: raise UserError(f"{home} holds no checkpoint yet: make one with `nanomoe run --home {home}`.")
     openings, figures = _openings(home, prompts), {}
@@ -341,9 +353,10 @@ def make_plots(home, # a folder with artifacts/*/ckpt_best.pt
         figures["pretrain_training_summary"] = plot_training(home / "artifacts" / "pretraining")
     traces = {name: [trace_routing(model, opening[:model.cfg.max_seq_len]) for opening in openings] for name, model in models.items()}
     figures["expert_usage_mean"] = usage_figure({name: [trace.usage for trace in each] for name, each in traces.items()})
-    figures["routing_confidence_hist"] = confidence_figure({name: torch.cat([trace.confidence for trace in each], dim=1) for name, each in traces.items()})
-    start = min(8, *(len(opening) for opening in openings[:3]))
-    figures["kv_throughput_mean"] = throughput_figure(*measure_decoding(list(models.values())[-1], [opening[:start] for opening in openings[:3]]))
+    figures["routing_confidence_hist"] = confidence_figure(
+        {name: torch.cat([trace.confidence for trace in each], dim=1) for name, each in traces.items()})
+    short = min(8, *map(len, openings))     # prompts of one length, and most of the way still to go
+    figures["kv_throughput_mean"] = throughput_figure(*measure_decoding(list(models.values())[-1], [opening[:short] for opening in openings[:3]]))
     if (scorecard := home / "reports" / "scorecard.json").is_file():
         figures["scorecard"] = scorecard_figure(_read_scorecard(scorecard))
     return [_save(figure, home / "reports" / "figs" / f"{name}.png") for name, figure in figures.items()]

@@ -1,0 +1,262 @@
+"""What is drawn and what is written as HTML: complete, escaped, without pyplot's state and without widgets."""
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from matplotlib.figure import Figure
+
+from nanomoe import viz
+from nanomoe.checkpoint import save_checkpoint
+from nanomoe.config import ModelConfig
+from nanomoe.data import write_shards
+from nanomoe.files import UserError
+from nanomoe.generate import encode_prompt
+from nanomoe.routing import Trace, expert_words, trace_routing, trace_stories
+from nanomoe.stories import storybook
+from nanomoe.tokenizer import save_tokenizer, train_tokenizer
+from test_oracle import random_model
+
+TEXTS = [story.text for story in storybook(n=40)]
+TOK = train_tokenizer(TEXTS, 400)
+CFG = ModelConfig(vocab_size=400, d_model=16, n_layers=3, n_heads=2, n_kv_heads=1, d_ff=8, max_seq_len=96)
+MODEL = random_model(CFG, 0).eval()
+any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+
+
+def fake_trace(T, L=2, E=4, K=2):
+    probs = torch.randn(L, T, E, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    weights, experts = probs.topk(K)
+    return Trace(experts, weights / weights.sum(-1, keepdim=True), probs)
+
+
+class Page(HTMLParser):
+    "What a browser would make of it: the tokens as (text, number), the tooltips, and every tag."
+    def __init__(self, page):
+        super().__init__(convert_charrefs=True)
+        self.tags, self.tips, self.styles, self.tokens, self.open = [], [], [], [], []
+        self.feed(page), self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag == "br": self.tokens[-1][0] += "\n"; return
+        self.open.append((tag, attributes := dict(attributes)))
+        if "data-tip" in attributes:
+            self.tips.append(attributes["data-tip"]), self.styles.append(attributes["style"]), self.tokens.append(["", ""])
+
+    def handle_endtag(self, tag): assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        if any("data-tip" in attributes for _, attributes in self.open): self.tokens[-1][self.open[-1][0] == "sub"] += data
+
+
+@given(pieces=st.lists(st.one_of(any_text, st.sampled_from(["<script>alert(1)</script>", "</span>", '" onmouseover="x', "&amp;", "\n", " ", ""])), min_size=1, max_size=8))
+def test_every_token_comes_out_as_text_with_its_number_and_all_experts(pieces):
+    trace = fake_trace(len(pieces))
+    for layer in (0, 1, -1):
+        page = Page(viz.tokens_html(pieces, trace, layer))
+        assert set(page.tags) <= {"div", "style", "span", "sub", "br"}
+        for t, (piece, (text, number), tip) in enumerate(zip(pieces, page.tokens, page.tips, strict=True)):
+            assert text.replace("⏎\n", "\n").replace("⏎", "\n") == (piece.replace("\r\n", "\n").replace("\r", "\n") or "·")
+            assert int(number) == trace.experts[layer, t, 0]
+            experts = re.findall(r"^expert (\d+) .* (\d+)%(?:   weight (\d\.\d\d))?$", tip, re.M)
+            assert [int(e) for e, _, _ in experts] == [0, 1, 2, 3]
+            assert [int(p) for _, p, _ in experts] == [round(100 * p) for p in trace.probs[layer, t].tolist()]
+            assert {int(e): float(w) for e, _, w in experts if w} == pytest.approx(dict(zip(trace.experts[layer, t].tolist(), trace.weights[layer, t].tolist())), abs=0.006)
+
+
+def test_a_script_in_a_story_is_text():
+    text = '<script>alert("x")</script><img src=x onerror=alert(1)>'
+    ids = encode_prompt(TOK, text)[0]
+    page = viz.tokens_html(viz.token_pieces(TOK, ids), trace_routing(MODEL, ids))
+    assert "<script" not in page and "<img" not in page
+    assert "".join(word for word, _ in Page(page).tokens).removeprefix("·").replace("·", "") == text
+    whole = viz.tokens_html([text], fake_trace(1))
+    assert "<script" not in whole and "<img" not in whole and "&lt;script&gt;" in whole
+
+
+def test_layers_selection_and_many_experts():
+    trace = fake_trace(5, L=2, E=11, K=3)
+    first, last = (viz.tokens_html(list("abcde"), trace, layer) for layer in (0, -1))
+    assert first != last and last == viz.tokens_html(list("abcde"), trace, 1)
+    assert [("outline" in style) for style in Page(viz.tokens_html(list("abcde"), trace, selected=3)).styles] == [False, False, False, True, False]
+    assert all(tip.count("\nexpert ") == 11 for tip in Page(first).tips)
+    with pytest.raises(UserError, match="pieces"): viz.tokens_html(["a"], trace)
+
+
+def test_no_colour_hides_the_text():
+    "Translucent backgrounds, and never a colour for the letters: they keep that of the page, light or dark."
+    page = viz.tokens_html(["a", "b"], fake_trace(2))
+    for style in Page(page).styles: assert re.search(r"background-color:#[0-9A-F]{6}38", style) and not re.search(r"(^|;)color:", style)
+
+
+@given(text=any_text, special=st.booleans())
+def test_pieces_join_to_the_text(text, special):
+    ids = TOK.encode(text).ids
+    pieces = viz.token_pieces(TOK, encode_prompt(TOK, text)[0] if special else ids)
+    assert "".join(pieces) == text and len(pieces) == len(ids) + special
+
+
+def test_a_broken_character_at_the_end_is_still_a_piece():
+    ids = TOK.encode("\N{SNOWMAN}").ids[:2]
+    assert viz.token_pieces(TOK, ids) == ["", "\N{REPLACEMENT CHARACTER}"]
+
+
+def test_words_are_escaped():
+    tok = train_tokenizer(["<b>&<b>& " * 50], 270)
+    ids = torch.tensor(tok.encode("<b>& " * 50).ids)
+    page = viz.words_html(expert_words(ids, torch.arange(len(ids)) % 2, 2, least=1), tok)
+    assert "<b>&<" not in page and "expert 0" in page and "expert 1" in page
+    assert viz.words_html([[], []], tok).count("<th ") == 2
+
+
+# figures
+
+def titles(figure): return [ax.get_title(loc="left") for ax in figure.axes if ax.axison]
+
+
+def figures():
+    trace, usage = fake_trace(50, L=5), torch.rand(6, 5, 4)
+    return {"weights": viz.weights_figure(trace, 3, "a $ sign"), "usage": viz.usage_figure({"pretrain": usage, "sft": usage, "dpo": usage[:, :2]}),
+            "confidence": viz.confidence_figure({"pretrain": trace.confidence, "sft": trace.confidence[:2]}), "heat": viz.heat_figure({"a": trace.pairs[0], "b": -trace.pairs[1]}),
+            "throughput": viz.throughput_figure(torch.arange(3), {"with": torch.rand(4, 3), "without": torch.rand(4, 3)}), "scorecard": viz.scorecard_figure(SCORES)}
+
+
+SCORES = {"base": {"a": {"mean": 0.3, "low": 0.2, "high": 0.5}, "b": {"mean": 5}}, "sft": {"a": {"mean": 0.4, "low": 0.35, "high": 0.5}}}
+
+
+def test_figures_are_drawn_in_one_style_and_leave_pyplot_alone():
+    import matplotlib.pyplot as plt
+    for name, figure in figures().items():
+        assert isinstance(figure, Figure) and viz.figure_png(figure).startswith(b"\x89PNG"), name
+        for ax in figure.axes:
+            assert ax.get_title(loc="center") == "" and not (ax.axison and ax.spines["top"].get_visible() or ax.axison and ax.spines["right"].get_visible()), name
+    assert not plt.get_fignums()
+
+
+def test_usage_shows_mean_and_spread():
+    usage = torch.tensor([[[0.1, 0.9]], [[0.3, 0.7]]])
+    ax = viz.usage_figure({"pretrain": usage}).axes[0]
+    assert [bar.get_height() for bar in ax.patches] == pytest.approx([0.2, 0.8])
+    spread = [end for collection in ax.collections for segment in collection.get_segments() for end in segment[:, 1]]
+    assert spread == pytest.approx([0.1, 0.3, 0.7, 0.9])
+
+
+def test_throughput_shows_mean_and_range():
+    figure = viz.throughput_figure([10, 20], {"with cache": [[1.0, 2.0], [3.0, 6.0]]})
+    (line,), (band,) = figure.axes[0].lines, figure.axes[0].collections
+    assert line.get_ydata().tolist() == [2, 4]
+    assert {tuple(point) for point in band.get_paths()[0].vertices.tolist()} >= {(10, 1), (10, 3), (20, 2), (20, 6)}
+
+
+def test_the_scorecard_takes_what_it_can():
+    assert titles(viz.scorecard_figure(SCORES)) == ["a", "b"]
+    ax = viz.scorecard_figure(SCORES).axes[0]
+    assert [bar.get_height() for bar in ax.patches] == [0.3, 0.4] and [label.get_text() for label in ax.get_xticklabels()] == ["base", "sft"]
+    assert [segment[:, 1].tolist() for collection in ax.collections for segment in collection.get_segments()] == [[0.2, 0.5], [0.35, 0.5]]
+    odd = {"base": {"a": 1, "nan": float("nan"), "text": "x", "none": None, "flag": True, "list": [1]}, "meta": "x", "empty": {}, "sft": {"other_metric": {"mean": 2, "low": None}}}
+    assert titles(viz.scorecard_figure(odd)) == ["a", "other metric"]
+    for nothing in ({}, {"base": {}}, {"base": {"a": None}}, {"meta": 3}):
+        with pytest.raises(UserError, match="no numbers"): viz.scorecard_figure(nothing)
+
+
+def test_writing_speed_is_measured_along_the_length():
+    lengths, speeds = viz.measure_decoding(MODEL, [encode_prompt(TOK, text)[0, :6] for text in TEXTS[:2]], new_tokens=500, parts=4)
+    assert lengths.tolist() == [6 + 22 * (part + 0.5) for part in range(4)]     # 90 are left in the context: 88 in four parts
+    assert list(speeds) == ["with cache", "without cache"] and all(v.shape == (2, 4) and (v > 0).all() for v in speeds.values())
+    with pytest.raises(UserError, match="shorter"): viz.measure_decoding(MODEL, [torch.full((95,), 5)], parts=4)
+
+
+# the figures of a home folder
+
+@pytest.fixture
+def home(tmp_path):
+    save_tokenizer(TOK, tmp_path / "tokenizer.json")
+    write_shards({"train": TEXTS[:30], "val": TEXTS[30:]}, TOK, tmp_path / "data" / "shards")
+    save_checkpoint(tmp_path / "artifacts" / "pretraining" / "ckpt_best.pt", MODEL)
+    return tmp_path
+
+
+ALWAYS = ["expert_usage_mean.png", "kv_throughput_mean.png", "routing_confidence_hist.png"]
+
+
+def test_plots_of_what_there_is(home):
+    made = viz.make_plots(home, prompts=4)
+    assert sorted(path.name for path in made) == ALWAYS == sorted(path.name for path in (home / "reports" / "figs").iterdir())
+    save_checkpoint(home / "artifacts" / "dpo" / "ckpt_best.pt", MODEL)
+    (home / "reports" / "scorecard.json").write_text(json.dumps(SCORES), encoding="utf-8")
+    assert sorted(path.name for path in viz.make_plots(home, prompts=4)) == sorted([*ALWAYS, "scorecard.png"])
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in made)
+
+
+def test_plots_without_shards_or_with_those_of_another_tokenizer(home):
+    (home / "data" / "shards" / "meta.json").unlink()
+    assert len(viz.make_plots(str(home))) == 3
+    write_shards({"train": TEXTS[:30], "val": TEXTS[30:]}, train_tokenizer(TEXTS, 500), home / "data" / "shards")
+    assert len(viz.make_plots(home)) == 3
+
+
+def test_plots_say_what_is_missing(home, tmp_path_factory):
+    with pytest.raises(UserError, match="nanomoe run"): viz.make_plots(tmp_path_factory.mktemp("empty"))
+    (home / "reports").mkdir()
+    for broken in ("[1, 2]", "{", ""):
+        (home / "reports" / "scorecard.json").write_text(broken)
+        with pytest.raises(UserError, match="scorecard.json is damaged"): viz.make_plots(home, prompts=2)
+    (home / "artifacts" / "pretraining" / "ckpt_best.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(UserError, match="ckpt_best.pt is damaged"): viz.make_plots(home)
+
+
+# widgets
+
+def test_the_module_needs_neither_widgets_nor_pyplot(root):
+    code = "import sys, nanomoe.viz; loaded = {'ipywidgets', 'matplotlib.pyplot', 'IPython', 'streamlit'} & set(sys.modules); assert not loaded, loaded"
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
+
+
+def test_a_text_under_your_hands():
+    (box, more), (layer, token), words, weights, usage = (getattr(child, "children", None) or child for child in viz.explore_text(MODEL, TOK, "the cat").children)
+    def seen(): return words.value, weights.value, usage.value
+    before = seen()
+    layer.value = 0
+    assert "Layer 0;" in words.value and seen() != before
+    before = seen()
+    token.value = 1
+    assert words.value != before[0] and weights.value != before[1]
+    token.value = token.max
+    box.value = "a"                                 # shorter: the token slider follows
+    assert token.max == len(TOK.encode("a").ids) and token.value <= token.max and usage.value != before[2]
+    more.click()
+    assert box.value.startswith("a") and len(Page(words.value).tokens) > 2
+    box.value = "<script>" * 3
+    assert "<script" not in words.value
+    box.value = "the cat sat " * 100
+    assert "context" in words.value and "<" not in words.value      # the sentence of the error
+    more.click(), setattr(layer, "value", 1)                        # still alive
+    box.value = ""
+    assert len(Page(words.value).tokens) == 1
+
+
+def test_words_under_your_hands():
+    tokens, trace, _ = trace_stories(MODEL, TOK, TEXTS[:5])
+    (layer, least), table = (getattr(child, "children", None) or child for child in viz.explore_words(tokens, trace, TOK).children)
+    before = table.value
+    layer.value = 0
+    assert table.value != before
+    before = table.value
+    least.value = 100
+    assert table.value != before
+
+
+def test_an_expert_off_under_your_hands():
+    def score(model): return trace_routing(model, torch.arange(20)).usage[1, 0].item()
+    layer, off, result = viz.explore_off(MODEL, TOK, score, "<i>the cat").children
+    assert "(+0.0000)" in result.value and "<i>" not in result.value
+    layer.value, off.value = 1, 0
+    assert result.value.startswith('<div style="max-width:46em"><b>0.0000 ')
+    off.value = None
+    assert "(+0.0000)" in result.value and MODEL.blocks[1].moe.bias is None
