@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import Attention, KVCache, RMSNorm, rope_angles
+from .attention import Attention, KVCache, RMSNorm, linear, rope_angles
 from .config import ModelConfig
 from .files import UserError
 from .moe import MoE, Routing, expert_load, load_balance_loss, z_loss
@@ -123,7 +123,7 @@ class NanoMoE(nn.Module):
         return self.norm(x), routings
 
     def head(self, h: Tensor) -> Tensor: # (..., D) -> (..., V) logits
-        return F.linear(h, self.embed.weight)
+        return linear(h, self.embed.weight)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor: # (B, T) -> (B, T, V) logits
         return self.head(self.hidden(tokens, cache)[0])
