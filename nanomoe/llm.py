@@ -413,6 +413,7 @@ def _llama(host, port, model_path, context, parallel):
     params.model.path, params.model_alias = model_path, {Path(model_path).stem}     # the alias is what answers name as their model
     params.hostnames, params.port = [host], int(port)
     params.n_ctx, params.n_parallel = int(context), int(parallel)
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = max(1, (os.cpu_count() or 2) // 2)
     params.verbosity, params.ui = 0, False
     try: server = xllamacpp.Server(params)
     except RuntimeError: os._exit(1)
