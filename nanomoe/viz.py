@@ -118,7 +118,7 @@ def usage_figure(usages: dict, # name of a checkpoint -> (P, L, E) shares, `trac
     usages = {name: torch.stack(tuple(usage)).float() for name, usage in usages.items()}
     L, E = (max(usage.shape[i] for usage in usages.values()) for i in (1, 2))
     columns, width = min(L, 3), 0.8 / len(usages)
-    figure = Figure(figsize=(1 + (1.4 + 0.35 * E) * columns, 0.7 + 1.8 * -(-L // columns)), layout="constrained")
+    figure = Figure(figsize=(1 + (1.4 + 0.35 * E) * columns, 1 + 1.8 * -(-L // columns)), layout="constrained")
     for layer, ax in enumerate(figure.subplots(-(-L // columns), columns, sharey=True, squeeze=False).flat):
         if layer >= L: ax.set_axis_off(); continue
         for i, (name, usage) in enumerate(usages.items()):
@@ -129,6 +129,8 @@ def usage_figure(usages: dict, # name of a checkpoint -> (P, L, E) shares, `trac
         ax.axhline(1 / E, color="#444444", ls="--", lw=0.8)
         style_axes(ax, f"Layer {layer}", xticks=range(E), xlabel="expert")
         if layer % columns == 0: ax.set_ylabel("share of assignments")
+    texts = max(map(len, usages.values()))
+    figure.suptitle(f"Mean of {texts} texts; line: standard deviation; dashed: even" if texts > 1 else "One text; dashed: even", x=0.01, ha="left", fontsize=9)
     if len(usages) > 1: figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=len(usages), frameon=False, fontsize=9)
     return figure
 
@@ -198,7 +200,7 @@ def words_html(words: list[list], # for each expert, from `expert_words`
         if i >= len(column): return "<td></td>"
         text = tok.decode([column[i].token]) or tok.id_to_token(column[i].token)
         text = html.escape(text.replace(" ", "\N{OPEN BOX}").replace("\n", "\N{RETURN SYMBOL}"))
-        return f'<td style="text-align:left"><b>{text}</b> <small>{column[i].count} of {column[i].total}</small></td>'
+        return f'<td style="text-align:left;padding:0 1.2em 0 .3em"><b>{text}</b> <small>{column[i].count} of {column[i].total}</small></td>'
     head = "".join(f'<th style="text-align:left;{_colours(e)}">expert {e}</th>' for e in range(len(words)))
     rows = "".join(f"<tr>{''.join(cell(column, i) for column in words)}</tr>" for i in range(max(map(len, words))))
     return f'<table style="max-width:46em"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
@@ -283,7 +285,7 @@ def throughput_figure(lengths: Tensor, # (N,) tokens so far
                      ) -> Figure:
     "Writing speed against length: mean over measurements, and the range from slowest to fastest."
     figure = Figure(figsize=(6, 3), layout="constrained")
-    ax = style_axes(figure.subplots(), "Writing speed", xlabel="length so far (tokens)", ylabel="tokens per second")
+    ax = style_axes(figure.subplots(), "Writing speed; band: from slowest to fastest", xlabel="length so far (tokens)", ylabel="tokens per second")
     for colour, marker, (name, values) in zip(PALETTE[0:1] + PALETTE[5:6] + PALETTE[2:5], "osv^D", speeds.items()):
         values = torch.as_tensor(values).float().numpy()
         ax.plot(list(lengths), values.mean(0), marker + "-", ms=4, color=colour, label=f"{name}, mean of {len(values)}")
