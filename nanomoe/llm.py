@@ -411,10 +411,11 @@ def _llama(host, port, model_path, context, parallel):
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is for the parent
     params = xllamacpp.CommonParams()
     params.model.path, params.model_alias = model_path, {Path(model_path).stem}     # the alias is what answers name as their model
-    params.hostnames, params.port = [host], int(port)
+    params.port, params.verbosity = int(port), 0
+    for name, value in {"hostname": host, "hostnames": [host], "webui": False, "ui": False}.items():     # their names changed from release to release
+        if hasattr(params, name): setattr(params, name, value)
     params.n_ctx, params.n_parallel = int(context), int(parallel)
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = max(1, (os.cpu_count() or 2) // 2)
-    params.verbosity, params.ui = 0, False
     try: server = xllamacpp.Server(params)
     except RuntimeError: os._exit(1)
     print(server.listening_address, flush=True)
