@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import Attention, KVCache, RMSNorm, linear, rope_angles
+from .attention import Attention, KVCache, RMSNorm, rope_angles
 from .config import ModelConfig
 from .files import UserError
+from .linear import linear
 from .moe import MoE, Routing, expert_load, load_balance_loss, z_loss
 
 # %% ../nbs/03_moe.ipynb #cce517b4
@@ -157,10 +158,8 @@ class NanoMoE(nn.Module):
             if block.moe.bias is not None: block.moe.bias += self.cfg.bias_rate * (count.mean() - count).sign()
 
     def num_parameters(self, active: bool = False) -> int: # only those that one token meets, if active
-        total = sum(p.numel() for p in self.parameters())
-        if not active: return total
-        expert = 3 * self.cfg.d_model * self.cfg.d_ff
-        return total - self.cfg.n_layers * (self.cfg.num_experts - self.cfg.top_k) * expert
+        idle = self.cfg.n_layers * (self.cfg.num_experts - self.cfg.top_k) * 3 * self.cfg.d_model * self.cfg.d_ff
+        return sum(p.numel() for p in self.parameters()) - active * idle
 
 # %% ../nbs/03_moe.ipynb #78633074
 def _over_processes(load):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import few, linear
 from .config import ModelConfig
+from .linear import few, swiglu
 
 # %% ../nbs/03_moe.ipynb #6b38c545
 class Routing(NamedTuple):
@@ -93,21 +93,16 @@ def grouped_swiglu(x: Tensor, # (N, D) tokens, sorted by expert
         x, gate_up, down = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, gate_up, down))
     return _grouped_swiglu(x, gate_up, down, load)[0]
 
-def _swiglu(x, gate_up, down): # (N, D) -> (N, D), one expert
-    gate, up = linear(x, gate_up).chunk(2, dim=-1)
-    return linear(F.silu(gate) * up, down)
-
 # %% ../nbs/03_moe.ipynb #e82553d3
 class MoE(nn.Module):
     "A feed-forward layer of many experts, of which each token visits `top_k`, beside the shared ones that all visit."
     def __init__(self, cfg: ModelConfig): # the model's shape
         super().__init__()
         E, D, F_, S = cfg.num_experts, cfg.d_model, cfg.d_ff, cfg.num_shared_experts * cfg.d_ff
-        self.top_k = cfg.top_k
         self.router = nn.Linear(D, E, bias=False)
         self.gate_up, self.down = nn.Parameter(torch.empty(E, 2 * F_, D)), nn.Parameter(torch.empty(E, D, F_))
         if S: self.shared_gate_up, self.shared_down = nn.Parameter(torch.empty(1, 2 * S, D)), nn.Parameter(torch.empty(1, D, S))
-        self.has_shared = S > 0
+        self.top_k, self.has_shared = cfg.top_k, S > 0
         self.register_buffer("bias", torch.zeros(E) if cfg.balance == "bias" else None)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]: # (B, T, D) -> (B, T, D)
@@ -115,22 +110,18 @@ class MoE(nn.Module):
         with torch.autocast(x.device.type, enabled=False):              # near-ties are decided in float32, always
             logits = F.linear(tokens.float(), self.router.weight.float())
         routing = route(logits, self.top_k, self.bias)
-        if few(tokens): return self._in_turn(tokens, routing).view(x.shape), routing
+        if few(tokens):     # nothing needs sorting, and experts that nobody chose are left alone
+            y = swiglu(tokens, self.shared_gate_up[0], self.shared_down[0]) if self.has_shared else torch.zeros_like(tokens)
+            for e in set(routing.experts.flatten().tolist()):
+                token, place = (routing.experts == e).nonzero(as_tuple=True)
+                y.index_add_(0, token, (swiglu(tokens[token], self.gate_up[e], self.down[e]) * routing.weights[token, place, None]).to(y.dtype))
+            return y.view(x.shape), routing
         order = routing.experts.flatten().argsort(stable=True)          # (N * K,) assignments sorted by expert
         token = order // self.top_k                                     # whose assignment each is
-        y = grouped_swiglu(tokens[token], self.gate_up, self.down, expert_load(routing.experts, len(self.gate_up)))
-        y = y * routing.weights.flatten()[order, None]                  # (N * K, D) by the router's weight
+        y = grouped_swiglu(tokens[token], self.gate_up, self.down, expert_load(routing.experts, len(self.gate_up))) * routing.weights.flatten()[order, None]
         out = torch.zeros_like(y[:len(tokens)]) if not self.has_shared else grouped_swiglu(
             tokens, self.shared_gate_up, self.shared_down, torch.tensor([len(tokens)]))
         return out.index_add(0, token, y.to(out.dtype)).view(x.shape), routing
-
-    def _in_turn(self, x, routing): # (N, D) -> (N, D), for few tokens: nothing is sorted, and experts that nobody chose are left alone
-        y = _swiglu(x, self.shared_gate_up[0], self.shared_down[0]) if self.has_shared else torch.zeros_like(x)
-        for e in set(routing.experts.flatten().tolist()):
-            token, place = (routing.experts == e).nonzero(as_tuple=True)
-            part = _swiglu(x[token], self.gate_up[e], self.down[e]) * routing.weights[token, place, None]
-            y.index_add_(0, token, part.to(y.dtype))
-        return y
 
 # %% ../nbs/03_moe.ipynb #726ffb13
 def load_balance_loss(load: Tensor, # (..., E) assignments of each expert
