@@ -4,7 +4,12 @@
 - A `UserError` is printed as its one sentence, with exit status 1; a stopped run exits with 130.
 - `run` skips what an earlier run has finished, so that the same command goes on after a kill.
 """
+import errno
+import math
 import os
+import re
+import shlex
+import signal
 import statistics
 import sys
 import time
@@ -16,19 +21,19 @@ from rich.console import Console
 from rich.table import Table
 
 from nanomoe.config import override, preset
-from nanomoe.files import UserError
+from nanomoe.files import UserError, sha256_of
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
                   help="Build, train and look inside a small mixture-of-experts language model. Start with `nanomoe run`.")
 bench = typer.Typer(no_args_is_help=True, help="Measure this machine: ratios side by side, in one run.")
 app.add_typer(bench, name="bench")
-out = Console(highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)    # a folder may be called "[a]" or ":b:"
 
 STAGES = {"pretrain": "pretraining", "sft": "sft", "dpo": "dpo"}    # what --checkpoint calls them -> folder in artifacts/
 
 PresetName = Annotated[str, typer.Option("--preset", help="How big: `smoke` (a minute), `laptop` (minutes, real stories) or `full` (a GPU, or patience).")]
 Home = Annotated[Path, typer.Option(help="The folder that holds everything a run reads and writes.")]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same stories, weights and samples.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same stories, weights and samples.")]
 Device = Annotated[str, typer.Option(help="`cpu`, `cuda` or `mps`; `auto` takes the fastest there is.")]
 Settings = Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help="Change one number of the preset, for instance `--set d_model=256`; may be repeated. `nanomoe settings` lists them all.")]
 Stories = Annotated[str, typer.Option(help="`storybook` (bundled), `tinystories` (downloaded), or a .parquet, .jsonl or .txt file or a folder of them.")]
@@ -36,8 +41,12 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew instead of goin
 Compile = Annotated[bool, typer.Option("--compile", help="Compile the model with torch.compile: a slow start, then faster steps.")]
 
 
-def _choose(name, settings, seed, compile=False):
-    return override(preset(name), [f"seed={seed}", f"compile={compile}", *settings])
+def _choose(name, settings, seed=0, compile=False, device="cpu"):
+    "The preset with its changes. What is said without a prefix about seed, compile and dtype holds for every stage."
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    chosen = override(preset(name), [f"seed={seed}", f"compile={compile}", f"dtype={dtype}", *settings])
+    common = [f"{stage}.{name}={getattr(chosen.train, name)}" for stage in ("sft", "dpo") for name in ("seed", "compile", "dtype")]
+    return override(chosen, [*common, *settings])
 
 
 def _pick_device(name):
@@ -57,36 +66,51 @@ def _check_home(home):
     if not writable: raise UserError(f"Cannot write into {home}: name a folder that you may write to with --home.")
 
 
-def _describe(stories, cfg, vocab_size, seed):
+def _check_memory(cfg):
+    "Refuse a model that cannot be trained here before any work is done for it."
+    attention = 2 * cfg.d_model ** 2 + 2 * cfg.d_model * cfg.n_kv_heads * cfg.head_dim
+    experts = cfg.num_experts * cfg.d_model + 3 * (cfg.num_experts + cfg.num_shared_experts) * cfg.d_ff * cfg.d_model
+    size = cfg.vocab_size * cfg.d_model + cfg.n_layers * (attention + experts) + 2 * cfg.max_seq_len * cfg.head_dim
+    try: memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError): return     # Windows does not say
+    if 16 * size > memory:  # four float32 for each: the weight, its gradient, and what AdamW remembers
+        raise UserError(f"A model of {size:.2g} parameters needs {16 * size / 1e9:,.0f} GB for its training, and this machine has {memory / 1e9:,.0f} GB: choose smaller sizes.")
+
+
+def _describe(stories, chosen):
     "What tokenizer and shards are made of; kept in meta.json to tell whether they are still what is asked for."
-    return f"{stories}, {cfg.stories} + {cfg.val_stories} stories, vocabulary {vocab_size} from {cfg.tokenizer_stories}, seed {seed}"
+    cfg, path = chosen.train, Path(stories).expanduser()
+    files = [] if stories in ("storybook", "tinystories") else sorted(file for file in (path, *path.rglob("*")) if file.is_file())
+    stamps = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]    # the files may be huge
+    edition = f" (files {sha256_of(repr(stamps))[:12]})" if files else ""
+    return f"{stories}{edition}, {cfg.stories} + {cfg.val_stories} stories, vocabulary {chosen.model.vocab_size} from {cfg.tokenizer_stories}, seed {cfg.seed}"
 
 
-def _train_tokenizer(home, stories, chosen, seed):
+def _train_tokenizer(home, stories, chosen):
     from nanomoe.stories import open_stories
     from nanomoe.tokenizer import save_tokenizer, train_tokenizer
-    tok = train_tokenizer((story.text for story in open_stories(stories, "train", chosen.train.tokenizer_stories, seed)), chosen.model.vocab_size)
+    tok = train_tokenizer((story.text for story in open_stories(stories, "train", chosen.train.tokenizer_stories, chosen.train.seed)), chosen.model.vocab_size)
     save_tokenizer(tok, home / "tokenizer.json")
     out.print(f"Tokenizer: {tok.get_vocab_size():,} tokens, in {home / 'tokenizer.json'}")
     return tok
 
 
-def _write_shards(home, stories, chosen, seed, tok):
+def _write_shards(home, stories, chosen, tok):
     from nanomoe.data import write_shards
     from nanomoe.stories import open_stories
     cfg, folder = chosen.train, home / "data" / "shards"
-    splits = {"train": open_stories(stories, "train", cfg.stories, seed), "val": open_stories(stories, "val", cfg.val_stories, seed)}
-    meta = write_shards(splits, tok, folder, _describe(stories, cfg, chosen.model.vocab_size, seed))
+    splits = {"train": open_stories(stories, "train", cfg.stories, cfg.seed), "val": open_stories(stories, "val", cfg.val_stories, cfg.seed)}
+    meta = write_shards(splits, tok, folder, _describe(stories, chosen))
     for name, split in meta["splits"].items():
         out.print(f"Shard {name}: {split['stories']:,} stories, {split['tokens']:,} tokens, {split['bytes'] / split['tokens']:.2f} bytes a token")
 
 
-def _shards_are_right(home, stories, chosen, seed):
+def _shards_are_right(home, stories, chosen):
     from nanomoe.data import load_shards
     from nanomoe.tokenizer import load_tokenizer
     try: meta = load_shards(home / "data" / "shards", load_tokenizer(home / "tokenizer.json")).meta
     except UserError: return False
-    return meta["source"] == _describe(stories, chosen.train, chosen.model.vocab_size, seed)
+    return meta["source"] == _describe(stories, chosen)
 
 
 def _pretrain(home, chosen, device, fresh):
@@ -106,12 +130,16 @@ def _save_figure(figure, path):
     with write_atomically(path) as file: figure.savefig(file, dpi=120, format="png")
 
 
+def _at(home): return "" if home == Path(".") else f" --home {shlex.quote(str(home))}"
+
+
 def _find_checkpoint(home, name):
-    if name not in ("latest", *STAGES): return Path(name)
+    if Path(name).is_file(): return Path(name)
+    if name not in ("latest", *STAGES): raise UserError(f"There is no checkpoint {name}: it is latest, {', '.join(STAGES)}, or a file.")
     for stage in reversed(STAGES) if name == "latest" else [name]:
         path = home / "artifacts" / STAGES[stage] / "ckpt_best.pt"
         if path.is_file() or name != "latest": return path
-    raise UserError(f"{home} holds no checkpoint yet: make one with `nanomoe run --home {home}`, or name a file with --checkpoint.")
+    raise UserError(f"{home} holds no checkpoint yet: make one with `nanomoe run{_at(home)}`, or name a file with --checkpoint.")
 
 
 @app.command()
@@ -121,26 +149,28 @@ def run(preset: PresetName = "laptop", stories: Stories = "storybook", home: Hom
     from nanomoe.checkpoint import load_model
     from nanomoe.generate import tell_story
     from nanomoe.tokenizer import load_tokenizer
-    started = time.perf_counter()
-    chosen, device = _choose(preset, set, seed, compile), _pick_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("`run` is one process: under torchrun, start `pretrain`, after `nanomoe tokenizer` and `nanomoe prepare-data` without it.")
+    started, device = time.perf_counter(), _pick_device(device)
+    chosen = _choose(preset, set, seed, compile, device)
+    _check_memory(chosen.model)
     _check_home(home)
-    right = _shards_are_right(home, stories, chosen, seed)
+    right = _shards_are_right(home, stories, chosen)
     if not fresh and not right and (home / "artifacts" / "pretraining" / "ckpt_last.pt").exists():
         raise UserError(f"{home} holds a model trained on other stories or with other settings: give those again, add --fresh to replace it, or use another --home.")
     if fresh or not right:
-        _write_shards(home, stories, chosen, seed, _train_tokenizer(home, stories, chosen, seed))
+        _write_shards(home, stories, chosen, _train_tokenizer(home, stories, chosen))
     else: out.print("Tokenizer and shards: there already, and right")
     _pretrain(home, chosen, device, fresh)
     tok, model = load_tokenizer(home / "tokenizer.json"), load_model(home / "artifacts" / "pretraining" / "ckpt_best.pt", device)
     for i in range(3):
-        out.print(f"\n[bold]Story {i + 1}[/bold]")
-        out.print(tell_story(model, tok, temperature=0.7, top_p=0.95, seed=seed + i, max_new_tokens=400), markup=False)
+        out.print(f"\nStory {i + 1}", style="bold")
+        out.print(tell_story(model, tok, temperature=0.7, top_p=0.95, seed=chosen.train.seed + i, max_new_tokens=400))
     out.print(f"\nDone in {time.perf_counter() - started:.0f} s. In {home.resolve()}:")
     out.print("  tokenizer.json, data/shards/                     what the model reads\n"
               "  artifacts/pretraining/                           checkpoints and logs\n"
               "  reports/figs/pretrain_training_summary.png       how the training went")
-    at = "" if home == Path(".") else f" --home {home}"
-    out.print(f'Next: `nanomoe generate "Once upon a time"{at}`, or a longer training: `nanomoe run --preset full --home full-run`.', markup=False)
+    out.print(f'Next: `nanomoe generate "Once upon a time"{_at(home)}`, or a longer training: `nanomoe run --preset full --home full-run`.')
 
 
 @app.command()
@@ -148,22 +178,24 @@ def tokenizer(preset: PresetName = "laptop", stories: Stories = "storybook", hom
     "Train the byte-level BPE tokenizer on the first stories, and write tokenizer.json."
     chosen = _choose(preset, set, seed)
     _check_home(home)
-    _train_tokenizer(home, stories, chosen, seed)
+    _train_tokenizer(home, stories, chosen)
 
 
 @app.command()
 def prepare_data(preset: PresetName = "laptop", stories: Stories = "storybook", home: Home = Path("."), seed: Seed = 0, set: Settings = []):
     "Write the stories as tokens into data/shards, with the tokenizer that is there."
     from nanomoe.tokenizer import load_tokenizer
-    _write_shards(home, stories, _choose(preset, set, seed), seed, load_tokenizer(home / "tokenizer.json"))
+    _write_shards(home, stories, _choose(preset, set, seed), load_tokenizer(home / "tokenizer.json"))
 
 
 @app.command()
 def pretrain(preset: PresetName = "laptop", home: Home = Path("."), seed: Seed = 0, device: Device = "auto",
              fresh: Fresh = False, compile: Compile = False, set: Settings = []):
     "Train the model on the shards; goes on where it stopped. Several GPUs: `torchrun --nproc-per-node 2 -m nanomoe.cli pretrain`."
-    chosen = _choose(preset, set, seed, compile)
-    _pretrain(home, chosen, _pick_device(device), fresh)
+    device = _pick_device(device)
+    chosen = _choose(preset, set, seed, compile, device)
+    _check_memory(chosen.model)
+    _pretrain(home, chosen, device, fresh)
 
 
 @app.command()
@@ -179,38 +211,53 @@ def generate(prompt: Annotated[str, typer.Argument(help="How the story begins; n
              cache: Annotated[bool, typer.Option(help="Keep keys and values of earlier tokens (the same text either way).")] = True,
              chat: Annotated[bool, typer.Option("--chat", help="Keep asking for prompts until an empty line.")] = False):
     "Let a trained model tell a story, as it comes to it."
-    device = _pick_device(device)
-    path = _find_checkpoint(home, checkpoint)
+    if not math.isfinite(temperature + repetition_penalty) or 0 < temperature < 0.001:
+        raise UserError("--temperature takes 0 or a number from 0.001 up, and --repetition-penalty one from 0.1 up.")
+    device, path = _pick_device(device), _find_checkpoint(home, checkpoint)
     from nanomoe.checkpoint import load_model
-    from nanomoe.generate import stream_text
     from nanomoe.tokenizer import load_tokenizer
     model, tok = load_model(path, device), load_tokenizer(home / "tokenizer.json")
-    while True:
-        if chat and not prompt and not (prompt := input("Story begins: ")): return
-        pieces = stream_text(model, tok, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k or None, top_p=top_p,
-                             min_p=min_p or None, repetition_penalty=repetition_penalty, seed=seed, use_cache=cache)
-        reason = _tell(prompt, pieces)
-        if reason != "stop": out.print(f"\n[dim](stopped: {'--max-new-tokens reached' if reason == 'length' else 'the context is full'})[/dim]", end="")
-        print()
-        if not chat: return
+    if model.cfg.vocab_size != tok.get_vocab_size():
+        raise UserError(f"{path} knows {model.cfg.vocab_size:,} tokens and {home / 'tokenizer.json'} has {tok.get_vocab_size():,}: give the --home that the model was trained in.")
+    sampling = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k or None, top_p=top_p, min_p=min_p or None,
+                    repetition_penalty=repetition_penalty, seed=seed, use_cache=cache)
+    if not chat: return _tell(model, tok, prompt, sampling)
+    while prompt or (prompt := _ask()):
+        try: _tell(model, tok, prompt, sampling)
+        except UserError as error: print(error, file=sys.stderr)
         prompt = ""
 
 
-def _tell(prompt, pieces):
-    "Print a story as it comes, after its prompt; returns why it ended."
+def _ask():
+    "The next prompt; nothing when there is none, at Ctrl-D."
+    try: return input("Story begins: ")
+    except EOFError: return print() or ""
+
+
+def _tell(model, tok, prompt, sampling):
+    "Print a story as it comes, after its prompt."
+    from nanomoe.generate import stream_text
+    try: prompt.encode()
+    except UnicodeEncodeError: raise UserError("The prompt is not UTF-8 text: set the terminal to UTF-8, or write the prompt in plain letters.") from None
+    pieces = stream_text(model, tok, prompt, **sampling)
     while True:
-        try: print(prompt + next(pieces), end="", flush=True)
-        except StopIteration as end: return end.value
-        prompt = ""     # it is printed with the first piece, once it has proved short enough
+        try: piece = next(pieces)
+        except StopIteration as end:
+            print(prompt)   # there is still one if the model had nothing to add
+            if end.value != "stop": print("(stopped: --max-new-tokens reached)" if end.value == "length" else "(stopped: the context is full)", file=sys.stderr)
+            return
+        print(prompt + piece, end="", flush=True)
+        prompt = ""         # it is printed with the first piece, once it has proved short enough
 
 
 @app.command()
 def settings(preset: PresetName = "laptop"):
     "List every setting of a preset, for use with `--set`."
     from dataclasses import fields
-    for title, config in zip(("The model", "The training run"), _choose(preset, [], 0)):
-        table = Table("setting", "value", title=title, title_justify="left")
-        for field in fields(config): table.add_row(field.name, str(getattr(config, field.name)))
+    titles = {"model": "The model", "train": "Pretraining", "sft": "Instruction tuning", "dpo": "Preference tuning"}
+    for part, config in _choose(preset, [])._asdict().items():
+        table, prefix = Table("setting", "value", title=titles[part], title_justify="left"), f"{part}." if part in ("sft", "dpo") else ""
+        for field in fields(config): table.add_row(prefix + field.name, str(getattr(config, field.name)))
         out.print(table)
 
 
@@ -226,7 +273,8 @@ def bench_train(steps: Annotated[int, typer.Option(min=2, help="Timed steps of e
     try: from transformers import GraniteMoeSharedConfig, GraniteMoeSharedForCausalLM
     except ImportError: raise UserError("The benchmark compares with transformers: install it with `pip install 'nanomoe[export]'`.") from None
     torch.set_num_threads(threads)
-    cfg = _choose(preset, set, 0).model
+    cfg = _choose(preset, set).model
+    _check_memory(cfg)
 
     def theirs(experts):
         config = GraniteMoeSharedConfig(
@@ -246,7 +294,7 @@ def bench_train(steps: Annotated[int, typer.Option(min=2, help="Timed steps of e
     contestants = {"transformers eager": theirs("eager"), "transformers grouped_mm": theirs("grouped_mm"), "nanomoe": ours(False)}
     if compile: contestants["nanomoe --compile"] = ours(True)
     optimizers = {name: torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True) for name, (model, _) in contestants.items()}
-    tokens = torch.randint(4, cfg.vocab_size, (batch_size, cfg.max_seq_len + 1), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(cfg.vocab_size, (batch_size, cfg.max_seq_len + 1), generator=torch.Generator().manual_seed(0))
     seconds = {name: [] for name in contestants}
     for step in range(steps + 1):
         for name, (model, loss) in contestants.items():
@@ -261,13 +309,14 @@ def bench_train(steps: Annotated[int, typer.Option(min=2, help="Timed steps of e
 
 
 @bench.command("data")
-def bench_data(preset: PresetName = "laptop", stories: Stories = "storybook", runs: Annotated[int, typer.Option(min=1, help="Timed runs of each.")] = 5):
+def bench_data(preset: PresetName = "laptop", stories: Stories = "storybook", runs: Annotated[int, typer.Option(min=1, help="Timed runs of each.")] = 5, set: Settings = []):
     "Writing shards beside bare `encode_batch_fast` on the same text."
     from nanomoe.data import bench_shards
     from nanomoe.stories import open_stories
     from nanomoe.tokenizer import train_tokenizer
-    texts = [story.text for story in open_stories(stories, "train", 10_000)]
-    speeds = bench_shards(texts, train_tokenizer(texts[:2_000], _choose(preset, [], 0).model.vocab_size), runs)
+    chosen = _choose(preset, set)
+    texts = [story.text for story in open_stories(stories, "train", min(chosen.train.stories, 10_000), chosen.train.seed)]
+    speeds = bench_shards(texts, train_tokenizer(texts[:2_000], chosen.model.vocab_size), runs)
     _print_speeds(f"Tokenizing {len(texts):,} stories, median of {runs} alternating runs", "MB/s", speeds, "encode_batch_fast")
 
 
@@ -280,12 +329,22 @@ def _print_speeds(title, unit, speeds, *baselines):
 
 def main():
     "Run the command line: a user's mistake is one sentence on standard error and exit status 1."
+    sys.stdout.reconfigure(errors="replace")    # a letter that the terminal cannot show is no reason to stop
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))      # Typer would say "Aborted!" or nothing, depending on its version
     try: app()
+    except SystemExit as end:
+        if end.code == 130: print("\nStopped.", file=sys.stderr)
+        raise
     except UserError as error:
         status = getattr(error, "status", 1)    # a run that was asked to stop is no error
         _leave(f"Error: {error}" if status == 1 else f"\n{error}", status)
-    except KeyboardInterrupt: _leave("Stopped.", 130)
     except BrokenPipeError: os._exit(1)     # the reader of our output has gone; nothing can be said to it
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT): raise
+        _leave("Error: The disk is full: free some space, and the same command goes on from what was saved.", 1)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory|Storage size", str(error)): raise
+        _leave("Error: The memory does not suffice: choose a smaller model, or a smaller batch with `--set batch_size=1`.", 1)
 
 
 def _leave(sentence, status):

@@ -1,25 +1,31 @@
 """The command line: the main job end to end, and every mistake as one sentence with nothing lost."""
+import errno
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from hypothesis import given, strategies as st
 
-from nanomoe.config import Preset, override, preset
+from nanomoe import cli
+from nanomoe.config import ModelConfig, Preset, override, preset
 from nanomoe.files import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 TINYSTORIES = ROOT.parent / "shared" / "tinystories"
 TINY = ["--preset", "smoke", "--device", "cpu", "--set", "d_model=16", "--set", "n_heads=2", "--set", "n_kv_heads=1", "--set", "d_ff=16", "--set", "vocab_size=400",
-        "--set", "stories=150", "--set", "val_stories=20", "--set", "tokens=20480"]
+        "--set", "stories=150", "--set", "val_stories=20", "--set", "tokens=20480", "--set", "tokenizer_stories=150"]
 
 
-def nanomoe(*words, **more):
+def nanomoe(*words, env={}, **more):
     return subprocess.run([sys.executable, "-m", "nanomoe.cli", *map(str, words)], capture_output=True, text=True, encoding="utf-8",
-                          env={**os.environ, "PYTHONUTF8": "1", "COLUMNS": "200"}, **more)
+                          env={**os.environ, "PYTHONUTF8": "1", "COLUMNS": "200", **env}, **more)
 
 
 def refused(*words):
@@ -60,6 +66,130 @@ def test_another_run_in_the_same_home_replaces_nothing(home):
     assert before == {path: path.read_bytes() for path in before}
 
 
+def test_seed_as_a_setting(tmp_path):
+    for name, seed, more in (("none", 0, []), ("option", 7, []), ("setting", 0, ["seed=7"])):
+        for command in (cli.tokenizer, cli.prepare_data): command(preset="smoke", home=tmp_path / name, seed=seed, set=[*TINY[5::2], *more])
+    none, option, setting = ((tmp_path / name / "data/shards/meta.json").read_text() for name in ("none", "option", "setting"))
+    assert option == setting != none
+    option, setting = cli._choose("smoke", [], seed=7), cli._choose("smoke", ["seed=7"])
+    assert option == setting and option.train.seed == option.sft.seed == option.dpo.seed == 7
+    assert cli._choose("smoke", ["sft.seed=1", "seed=7"]).sft.seed == 1
+
+
+def test_a_gpu_takes_bfloat16_unless_told_otherwise():
+    for device, dtype in (("cuda", "bfloat16"), ("cpu", "float32"), ("mps", "float32")):
+        chosen = cli._choose("laptop", [], device=device)
+        assert chosen.train.dtype == chosen.sft.dtype == chosen.dpo.dtype == dtype
+    assert cli._choose("laptop", ["dtype=float32"], device="cuda").train.dtype == "float32"
+
+
+def test_names_print_as_they_are(home, tmp_path):
+    odd = tmp_path / "a[b]c :smile:"
+    done = nanomoe("tokenizer", "--home", odd, *TINY[:2], *TINY[4:])
+    assert done.returncode == 0 and str(odd) in done.stdout, done.stdout
+    assert f"nanomoe run --home '{odd}'" in refused("generate", "--home", odd)
+
+
+def test_an_edited_story_file_is_noticed(tmp_path):
+    chosen, file = preset("smoke"), tmp_path / "my.txt"
+    file.write_text("Once there was a fox.")
+    for source in (file, tmp_path):
+        before = cli._describe(str(source), chosen)
+        assert cli._describe(str(source), chosen) == before and str(source) in before
+        file.write_text(file.read_text() + " It had a friend.")
+        longer = cli._describe(str(source), chosen)
+        os.utime(file, (0, 0))
+        assert len({before, longer, cli._describe(str(source), chosen)}) == 3
+
+
+def test_torchrun_is_for_pretrain(tmp_path):
+    done = nanomoe("run", "--home", tmp_path / "new", *TINY, env={"WORLD_SIZE": "2", "RANK": "0"})
+    assert done.returncode == 1 and done.stderr.startswith("Error: ") and "`pretrain`" in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("setting", [f"d_model={10**9}", f"d_model={10**30}", f"n_layers={10**30}", f"max_seq_len={10**12}", f"d_ff={10**18}"])
+def test_absurd_sizes(tmp_path, setting):
+    assert "choose smaller sizes" in refused("run", "--home", tmp_path / "new", "--preset", "smoke", "--set", setting)
+    assert not (tmp_path / "new").exists()
+
+
+def test_parameters_are_counted_right(monkeypatch):
+    for parameters, fits in ((11_300_000, False), (11_400_000, True)):     # 11,327,424 and a few tables
+        monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 16 * parameters, "SC_PAGE_SIZE": 1}.get, raising=False)
+        with nullcontext() if fits else pytest.raises(UserError, match=re.escape("1.1e+07")): cli._check_memory(ModelConfig())
+
+
+FAILING = """
+import sys
+from nanomoe import cli
+def fail(): raise {error}
+cli.app = fail
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("error, says", [
+    (f"OSError({errno.ENOSPC}, 'No space left on device')", "disk is full"), ("MemoryError()", "memory"),
+    ("RuntimeError('CUDA out of memory. Tried to allocate 2.00 GiB')", "memory"), ("RuntimeError(\"DefaultCPUAllocator: can't allocate memory\")", "memory")])
+def test_a_machine_that_is_too_small(error, says):
+    done = subprocess.run([sys.executable, "-c", FAILING.format(error=error)], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("Error: ") and says in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_bug_is_no_mistake_of_the_user():
+    done = subprocess.run([sys.executable, "-c", FAILING.format(error="RuntimeError('shapes differ')")], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
+@pytest.mark.parametrize("words, at", [(["run", "--preset", "laptop", "--home", "big"], "Tokenizer: "), (["generate", "--chat"], "Story begins: ")])
+def test_a_stop_outside_of_training(home, tmp_path, words, at):
+    where = home if "generate" in words else tmp_path
+    process = subprocess.Popen([sys.executable, "-m", "nanomoe.cli", *words], cwd=where, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.read(len(at)) == at       # writing shards, or waiting for a line
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and error == "\nStopped.\n"
+    assert not list(tmp_path.rglob("*.bin*"))
+
+
+def test_usage_mistakes_keep_status_2():
+    done = nanomoe("run", "--hom", "x")
+    assert done.returncode == 2 and "No such option: --hom" in done.stderr
+    for words in (["generate", "--seed", "x"], ["generate", "--seed", "-1"], ["bench", "trian"], ["generate", "--top-p", "2"]): assert nanomoe(*words).returncode == 2
+
+
+def test_chat(home):
+    asked = f"{'word ' * 600}\nOnce upon\n"
+    done = nanomoe("generate", "--chat", "--home", home, "--max-new-tokens", 5, input=asked)      # it ends with Ctrl-D
+    assert done.returncode == 0 and done.stdout.count("Story begins: ") == 3, done.stderr
+    assert "Once upon" in done.stdout and "stopped" not in done.stdout
+    assert done.stderr.count("\n") == 2 and "context" in done.stderr and "(stopped: --max-new-tokens reached)" in done.stderr
+    assert nanomoe("generate", "--chat", "--home", home, input="\n").returncode == 0
+
+
+def test_a_model_with_nothing_to_add(monkeypatch, capsys):
+    from nanomoe import generate
+    monkeypatch.setattr(generate, "stream_text", lambda *_: (yield from ()) or "stop")
+    cli._tell(None, None, "The end.", {})
+    assert capsys.readouterr() == ("The end.\n", "")
+
+
+def test_a_prompt_that_is_no_text(home):
+    if sys.platform == "win32": pytest.skip("Windows passes arguments as text")
+    done = subprocess.run([sys.executable, "-m", "nanomoe.cli", "generate", b"\xff\xfe", "--home", str(home)], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("Error: The prompt is not UTF-8") and done.stderr.count("\n") == 1
+
+
+def test_generate_checks_that_tokenizer_and_model_belong_together(home, tmp_path):
+    shutil.copytree(home, tmp_path / "copy")
+    assert nanomoe("tokenizer", "--home", tmp_path / "copy", *TINY[:2], *TINY[4:], "--set", "vocab_size=300").returncode == 0
+    error = refused("generate", "--home", tmp_path / "copy")
+    assert "400" in error and "300" in error and "tokenizer.json" in error
+
+
 def test_generate(home):
     first, second = (nanomoe("generate", "Once upon a time", "--home", home, "--max-new-tokens", 20, "--seed", 5, *more) for more in ((), ("--no-cache",)))
     assert first.returncode == 0 and first.stdout.startswith("Once upon a time") and first.stdout == second.stdout
@@ -82,7 +212,8 @@ def test_mistakes(tmp_path, words, says):
 
 def test_a_home_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    assert "--home" in refused("run", "--home", tmp_path / "file" / "home", *TINY)
+    for name in ("file", "file/home"): assert "--home" in refused("run", "--home", tmp_path / name, *TINY)
+    for command in ("prepare-data", "pretrain"): assert "There is no tokenizer" in refused(command, "--home", tmp_path / "file")
     assert (tmp_path / "file").read_text() == "in the way"
 
 
@@ -92,10 +223,11 @@ def test_what_generate_refuses(home, tmp_path):
     broken = tmp_path / "broken.pt"
     broken.write_bytes(b"PK no checkpoint")
     assert "damaged" in refused("generate", "--checkpoint", broken, "--home", home)
+    assert "latest, pretrain" in refused("generate", "--checkpoint", "pertrain", "--home", home)
+    assert "--temperature" in refused("generate", "--temperature", "1e-30", "--home", home)
 
 
 def test_another_tokenizer_is_refused(home, tmp_path):
-    import shutil
     shutil.copytree(home, tmp_path / "copy")
     assert nanomoe("tokenizer", "--home", tmp_path / "copy", "--seed", 9, *TINY[:2], *TINY[4:]).returncode == 0
     assert "prepare-data" in refused("pretrain", "--home", tmp_path / "copy", *TINY)
@@ -129,5 +261,13 @@ def test_help_is_quick_and_says_what_to_start_with():
 
 
 def test_benchmarks_print_ratios():
-    done = nanomoe("bench", "train", "--preset", "smoke", "--steps", 2, "--batch-size", 1)
+    done = nanomoe("bench", "train", "--preset", "smoke", "--steps", 2, "--batch-size", 1, "--set", "vocab_size=3", "--set", "max_seq_len=32", "--set", "seq_len=32")
     assert done.returncode == 0 and "transformers eager" in done.stdout and "x" in done.stdout, done.stderr
+    done = nanomoe("bench", "data", "--preset", "smoke", "--runs", 1, "--set", "stories=50")
+    assert done.returncode == 0 and "50 stories" in done.stdout and "write_shards" in done.stdout, done.stderr
+
+
+def test_settings_lists_what_set_takes():
+    listed = re.findall(r"^│ (\S+) +│ (.*?) +│$", nanomoe("settings", "--preset", "smoke").stdout, flags=re.M)
+    assert {"d_model", "tokens", "sft.epochs", "dpo.beta"} <= dict(listed).keys()
+    assert override(preset("smoke"), [f"{name}={value}" for name, value in listed]) == preset("smoke")
