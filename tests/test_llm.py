@@ -70,9 +70,11 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def drip(self):
-        "Something comes all the time, and never all of it."
+        "Something comes all the time, for ten seconds, and never all of it."
         self.half()
-        while not self.server.stopping.wait(0.05):
+        for _ in range(200):
+            if self.server.stopping.wait(0.05):
+                return
             try:
                 self.wfile.write(b" ")
             except OSError:
@@ -214,7 +216,7 @@ def test_an_answer_that_never_ends_is_given_up_in_time(server, tmp_path, fault):
 
 
 @pytest.mark.parametrize("fault, said", [((500, {}, b"oops"), "status 500, oops"), ((429, {}, {"error": {"message": "busy"}}), "status 429, busy"),
-                                         ("reset", "the connection failed"), ("hang", "no answer within 0.5 s"), ((200, {}, b"x"), "no chat completion")], ids=str)
+                                         ("reset", "the connection failed"), ("hang", "no answer within 0.5 s"), ("drip", "no answer within 0.5 s"), ((200, {}, b"x"), "no chat completion")], ids=str)
 def test_out_of_retries_is_recorded_and_asked_again_by_the_next_run(server, tmp_path, fault, said):
     path = tmp_path / "a.jsonl"
     row = one(server, path, fault, fault, retries=1, timeout=0.5)
