@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -304,27 +305,43 @@ def _interval(value):
     if (mean := _number(value.get("mean"))) is None: return None
     return mean, *(mean if (end := _number(value.get(name))) is None else end for name in ("low", "high"))
 
-def scorecard_figure(scores: dict, # {"base": {metric: {"mean": …, "low": …, "high": …}, …}, "sft": …}; what is no number is left out
+def _entries(value, path=()):
+    "Every (names that lead there, (mean, low, high)) of a scorecard, however deep; what is no number is left out."
+    if isinstance(value, dict) and "mean" not in value:
+        for name, part in value.items(): yield from _entries(part, (*path, str(name)))
+    elif len(path) > 1 and (entry := _interval(value)): yield path, entry
+
+def _bar(ax, x, width, i, entry): # i is the number of the checkpoint
+    mean, low, high = entry
+    ax.bar(x, mean, width, color=PALETTE[i % len(PALETTE)], hatch=["", "///", "..."][i % 3], edgecolor="white")
+    ax.vlines(x, low, high, color="#222222", lw=1.2)
+
+# %% ../nbs/08_routing_viz.ipynb #8e1ddbe4
+def scorecard_figure(scores: dict, # {"base": {metric: {"mean": …, "low": …, "high": …}}, "sft": …}; the metrics may stand deeper: {"seen": {"greedy": {metric: …}}}
                     ) -> Figure:
     "A panel for each metric, a bar for each checkpoint, and a line for the interval."
-    scores = {stage: {metric: _interval(value) for metric, value in rows.items()} for stage, rows in scores.items() if isinstance(rows, dict)}
-    metrics = list(dict.fromkeys(metric for rows in scores.values() for metric, value in rows.items() if value))
-    if not metrics: raise UserError("The scorecard holds no numbers: evaluate a checkpoint first.")
-    columns, stages = min(4, len(metrics)), [stage for stage, rows in scores.items() if any(rows.values())]
-    figure = Figure(figsize=(0.4 + 2.3 * columns, 2.3 * -(-len(metrics) // columns)), layout="constrained")
-    axes = figure.subplots(-(-len(metrics) // columns), columns, squeeze=False).flat
-    for metric, ax in zip(metrics, axes):
-        for x, stage in enumerate(stages):
-            if not (value := scores[stage].get(metric)):
-                ax.text(x, 0, "none", ha="center", va="bottom", fontsize=8, color="#666666")
-                continue
-            mean, low, high = value
-            ax.bar(x, mean, 0.7, color=PALETTE[x % len(PALETTE)])
-            ax.vlines(x, low, high, color="#222222", lw=1.2)
-            ax.text(x, max(mean, high, 0), f"{mean:.3g}", ha="center", va="bottom", fontsize=8)
-        style_axes(ax, metric.replace("_", " "), xticks=range(len(stages)), xticklabels=stages, xlim=(-0.6, len(stages) - 0.4))
+    panels = {} # metric -> how it was taken, for instance "seen, greedy" -> checkpoint -> (mean, low, high)
+    for (stage, *way, metric), entry in _entries(scores):
+        panels.setdefault(metric, {}).setdefault("\n".join(way), {})[stage] = entry
+    if not panels: raise UserError("The scorecard holds no numbers: evaluate a checkpoint first.")
+    stages = [stage for stage in scores if any(stage in row for ways in panels.values() for row in ways.values())]
+    columns, width = min(4, len(panels)), 0.8 / len(stages)
+    figure = Figure(figsize=(0.4 + 2.6 * columns, 0.3 + 2.3 * -(-len(panels) // columns)), layout="constrained")
+    axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flat
+    for (metric, ways), ax in zip(panels.items(), axes):
+        once = list(ways) == [""]
+        for i, stage in enumerate(stages):
+            for g, row in enumerate(ways.values()):
+                entry = row.get(stage)
+                if entry: _bar(ax, i if once else g + (i - (len(stages) - 1) / 2) * width, 0.7 if once else width, i, entry)
+                if once: ax.text(i, max(0, *entry) if entry else 0, f"{entry[0]:.3g}" if entry else "none", ha="center", va="bottom", fontsize=8)
+        names = stages if once else list(ways)
+        style_axes(ax, metric.replace("_", " "), xticks=range(len(names)), xticklabels=names, xlim=(-0.6, len(names) - 0.4))
+        if not once: ax.tick_params(axis="x", labelsize=7)
         ax.margins(y=0.15)
-    for ax in list(axes): ax.set_axis_off()     # what is left over
+    for ax in list(axes)[len(panels):]: ax.set_axis_off()
+    figure.legend([Patch(facecolor=PALETTE[i % len(PALETTE)], hatch=["", "///", "..."][i % 3], edgecolor="white") for i in range(len(stages))], stages,
+                  loc="outside lower left", ncols=len(stages), frameon=False, fontsize=9)
     return figure
 
 # %% ../nbs/08_routing_viz.ipynb #d65c0c87

@@ -161,8 +161,18 @@ def test_the_scorecard_takes_what_it_can():
     assert [segment[:, 1].tolist() for collection in ax.collections for segment in collection.get_segments()] == [[0.2, 0.5], [0.35, 0.5]]
     odd = {"base": {"a": 1, "nan": float("nan"), "text": "x", "none": None, "flag": True, "list": [1]}, "meta": "x", "empty": {}, "sft": {"other_metric": {"mean": 2, "low": None}}}
     assert titles(viz.scorecard_figure(odd)) == ["a", "other metric"]
-    for nothing in ({}, {"base": {}}, {"base": {"a": None}}, {"meta": 3}):
+    for nothing in ({}, {"base": {"mean": 1}}, {"base": {}}, {"base": {"a": None}}, {"meta": 3}):
         with pytest.raises(UserError, match="no numbers"): viz.scorecard_figure(nothing)
+
+
+def test_the_scorecard_may_be_nested():
+    def row(mean): return {"protagonist": {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "n": 50}, "finished": {"mean": 1.0, "low": 0.9, "high": 1.0, "n": 50}}
+    scores = {stage: {"bpb": 1.0, **{name: {"greedy": row(0.3), "sampled": row(0.4)} for name in ("seen", "unseen")}} for stage in ("base", "sft", "dpo")}
+    figure = viz.scorecard_figure(scores)
+    assert titles(figure) == ["bpb", "protagonist", "finished"]
+    assert [len(ax.patches) for ax in figure.axes if ax.axison] == [3, 12, 12]
+    assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == ["seen\ngreedy", "seen\nsampled", "unseen\ngreedy", "unseen\nsampled"]
+    assert [bar.get_height() for bar in figure.axes[1].patches] == [0.3, 0.4, 0.3, 0.4] * 3
 
 
 def test_writing_speed_is_measured_along_the_length():
