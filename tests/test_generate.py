@@ -7,7 +7,7 @@ from hypothesis import given, strategies as st
 
 from nanomoe.config import ModelConfig
 from nanomoe.files import UserError
-from nanomoe.generate import generate, keep_likely, penalize, stream, stream_text
+from nanomoe.generate import bench_decode, generate, keep_likely, penalize, stream, stream_text
 from nanomoe.stories import storybook
 from nanomoe.tokenizer import train_tokenizer
 from test_oracle import random_model, reference, shapes
@@ -121,3 +121,20 @@ def test_no_piece_ends_inside_a_character():
         return ["length"]
     with patch("nanomoe.generate.stream", written): pieces = list(stream_text(tiny(300), TOK, "x"))
     assert "".join(pieces) == text and not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+def test_the_benchmark_lets_others_join():
+    cfg, calls = ModelConfig(vocab_size=64, d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=8, max_seq_len=32), []
+    threads = torch.get_num_threads()
+    speeds = bench_decode(cfg, prompt=4, new=6, runs=2, threads=1, also={"other": lambda prompt, new: calls.append((prompt.shape, new))})
+    assert list(speeds) == ["with cache", "without cache", "8 prompts, with cache", "transformers", "other"] and min(speeds.values()) > 0
+    assert calls == [((1, 4), 6)] * 3 and torch.get_num_threads() == threads     # once to warm up
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_a_decoding_step_is_the_same_model(batch):
+    "Few rows without gradients take another path than training does."
+    cfg = ModelConfig(vocab_size=63, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=12)     # an odd vocabulary has no halves
+    model, tokens = random_model(cfg, 0).eval(), torch.randint(63, (batch, 1))
+    with torch.no_grad(): quick = model(tokens)
+    torch.testing.assert_close(quick, model(tokens), atol=1e-5, rtol=1e-5)
