@@ -7,7 +7,7 @@ __all__ = ['MAX_DROP', 'exchange', 'stand_ins', 'exchanged_pairs', 'make_dpo_dat
            'DPOBreakdown', 'dpo_objective', 'Pair', 'collate_pairs', 'read_pairs', 'pair_logps', 'with_reference',
            'train_dpo', 'score_pairs']
 
-# %% ../nbs/06_dpo.ipynb #977842cb
+# %% ../nbs/06_dpo.ipynb #de608b75
 import json
 import math
 import random
@@ -31,7 +31,7 @@ from .synth import Seed, article, broken_rules, contains, read_rows, repetition,
 from .tokenizer import EOS, load_tokenizer
 from .train import fit, processes
 
-# %% ../nbs/06_dpo.ipynb #96118f15
+# %% ../nbs/06_dpo.ipynb #3289d71e
 def exchange(text: str, old: str, new: str) -> str: # both are names, or both are an adjective and a noun
     "The same story about somebody else."
     pairs = [(old, new)] + [(old.split()[-1], new.split()[-1])] * (" " in old)      # "brave teapot" before the lone "teapot"
@@ -41,7 +41,7 @@ def exchange(text: str, old: str, new: str) -> str: # both are names, or both ar
     first = new.split()[0]
     return re.sub(rf"\b([Aa])n? (?={first}\b)", lambda match: match[1] + article(first)[1:] + " ", text)
 
-# %% ../nbs/06_dpo.ipynb #0f503da6
+# %% ../nbs/06_dpo.ipynb #f06e393f
 def stand_ins(seeds: list[Seed], texts: list[str], seed: int = 0) -> list[str | None]: # a wrong protagonist for each story
     "For every story another protagonist of the same split, kind and pronoun."
     def kind(s, text): return s.split, s.protagonist[0].isupper(), Counter(re.findall(r"\b(?:she|he|it)\b", text.lower())).most_common(1)[:1]
@@ -80,7 +80,7 @@ def make_dpo_data(home: str | Path, # gets dpo_train.jsonl and dpo_val.jsonl
         write_rows(Path(home) / "data" / "synthetic" / f"dpo_{split}.jsonl", rows)
     return counts
 
-# %% ../nbs/06_dpo.ipynb #00777a57
+# %% ../nbs/06_dpo.ipynb #f6a5208a
 class Preference(NamedTuple):
     "What DPO says of a batch of pairs, one number a pair."
     loss: Tensor        # (B,)
@@ -98,7 +98,7 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, # (B,) log-probabilities of the a
     loss = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
     return Preference(loss, chosen_reward.detach(), rejected_reward.detach())
 
-# %% ../nbs/06_dpo.ipynb #3f97ed67
+# %% ../nbs/06_dpo.ipynb #2c8fd988
 def answer_logps(hidden: Tensor, # (B, T, D) what the model makes of the tokens
                  weight: Tensor, # (V, D) its output head
                  labels: Tensor, # (B, T), IGNORE outside of the answers
@@ -110,6 +110,7 @@ def answer_logps(hidden: Tensor, # (B, T, D) what the model makes of the tokens
              for h, y in zip(hidden[rows, places].split(chunk), labels[rows, places].split(chunk))]
     return torch.zeros(len(labels), device=hidden.device).index_add(0, rows, torch.cat(parts))
 
+# %% ../nbs/06_dpo.ipynb #3703d7a5
 class DPOBreakdown(NamedTuple):
     "The parts of the loss, and what to watch; scalars, means over the pairs."
     total: Tensor
@@ -137,7 +138,7 @@ def dpo_objective(cfg: DPOConfig):
                             per_token, balance, z), load, entropy
     return loss
 
-# %% ../nbs/06_dpo.ipynb #8b8188b6
+# %% ../nbs/06_dpo.ipynb #febb8f5d
 class Pair(NamedTuple):
     "An encoded pair."
     split: str
@@ -160,6 +161,7 @@ def read_pairs(path: Path, tok: Tokenizer, room: int) -> list[Pair]: # those tha
     if not fitting: raise UserError(f"No pair of {path} fits into the model's context of {room} tokens; use shorter stories, or a larger max_seq_len.")
     return fitting
 
+# %% ../nbs/06_dpo.ipynb #5b51bef3
 @torch.no_grad()
 def pair_logps(model: NanoMoE, pairs: list[Pair], batch_size: int = 8) -> list[tuple[float, float]]: # of the chosen and the rejected answer
     order, out = sorted(range(len(pairs)), key=lambda i: len(pairs[i].chosen[0])), {}
@@ -182,7 +184,9 @@ def with_reference(path: Path, # where the log-probabilities are kept
         with write_atomically(path, "w") as file: json.dump(kept, file)
     return [pair._replace(reference=tuple(logps)) for pair, logps in zip(pairs, kept["logps"], strict=True)]
 
-# %% ../nbs/06_dpo.ipynb #ee304a82
+# %% ../nbs/06_dpo.ipynb #6d39531b
+MAX_DROP = 0.5      # nats per token that the chosen answers may lose before training is stopped
+
 def train_dpo(home: str | Path, # has an instructed model and data/synthetic; gets artifacts/dpo
               chosen: Preset,
               device: str = "cpu", # "cpu", "cuda" or "mps"
@@ -216,5 +220,3 @@ def score_pairs(model: NanoMoE, pairs: list[Pair], cfg: DPOConfig) -> dict:
     accuracy = {f"accuracy_{split}": right[[pair.split == split for pair in pairs]].float().mean().item() for split in dict.fromkeys(pair.split for pair in pairs)}
     return {"dpo": result.loss.mean().item(), "accuracy": right.float().mean().item(), **accuracy, "margin": (result.chosen - result.rejected).mean().item(),
             "chosen_reward": result.chosen.mean().item(), "rejected_reward": result.rejected.mean().item(), "chosen_logp": -0.0 + logps[:, 0].sum().item() / tokens}
-
-MAX_DROP = 0.5      # nats per token that the chosen answers may lose before training is stopped

@@ -8,7 +8,7 @@ __all__ = ['STAGES', 'SLICES', 'judge_story', 'interval', 'judge_model', 'scorec
 # %% ../nbs/modules/00_scorecard.ipynb #scorecard-open
 # The code of this module is written in nbs/06_dpo.ipynb.
 
-# %% ../nbs/06_dpo.ipynb #301d22ff
+# %% ../nbs/06_dpo.ipynb #c7a85f5f
 import json
 import math
 from pathlib import Path
@@ -19,14 +19,13 @@ from tokenizers import Tokenizer
 from .checkpoint import load_model
 from .data import load_shards
 from .files import UserError, write_atomically
-from .generate import generate
 from .model import NanoMoE
 from .sft import prompt_ids
 from .synth import Seed, broken_rules, contains, load_prompt_seeds, repetition
 from .tokenizer import EOS, load_tokenizer
 from .train import evaluate
 
-# %% ../nbs/06_dpo.ipynb #eaa9e476
+# %% ../nbs/06_dpo.ipynb #fa210855
 def judge_story(story: str, seed: Seed, finished: bool) -> dict[str, float]: # metric -> 0 or 1, or a share
     "What a story kept of its instruction."
     broken = broken_rules(story, seed)
@@ -44,8 +43,10 @@ def interval(values: list[float]) -> dict: # mean, low, high, n
     half = z * math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, n - 1) / n)
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
 
+# %% ../nbs/06_dpo.ipynb #1c1b870f
 @torch.no_grad()
-def judge_model(model: NanoMoE, tok: Tokenizer, seeds: list[Seed],
+def judge_model(generate, # `nanomoe.generate.generate`, which notebook 07 writes
+                model: NanoMoE, tok: Tokenizer, seeds: list[Seed],
                 temperature: float, # 0 is greedy
                 max_new_tokens: int = 350,
                 batch_size: int = 50, # instructions answered side by side
@@ -66,7 +67,8 @@ def judge_model(model: NanoMoE, tok: Tokenizer, seeds: list[Seed],
 STAGES = {"base": "pretraining", "sft": "sft", "dpo": "dpo"}    # their folders in artifacts/
 SLICES = {"seen": "val_seen", "unseen": "val"}                  # protagonists that training asks for, and others
 
-def scorecard(home: str | Path, # gets reports/scorecard.json
+def scorecard(generate, # as `judge_model` takes it
+              home: str | Path, # gets reports/scorecard.json
               device: str = "cpu",
               prompts: int = 100, # held-out instructions, half of them about protagonists that training never asks for
               ) -> dict: # stage -> {"bpb": …, "seen": {"greedy": {metric: interval}, "sampled": …}, "unseen": …}
@@ -81,7 +83,7 @@ def scorecard(home: str | Path, # gets reports/scorecard.json
         scores[stage] = {"bpb": evaluate(model, shards.val, shards.meta["splits"]["val"]["bytes"], 8, model.cfg.max_seq_len)["bpb"]}
         for name, split in SLICES.items():
             chosen = [seed for seed in seeds if seed.split == split][:prompts // 2]
-            scores[stage][name] = {way: judge_model(model, tok, chosen, temperature) for way, temperature in (("greedy", 0.0), ("sampled", 0.8))}
+            scores[stage][name] = {way: judge_model(generate, model, tok, chosen, temperature) for way, temperature in (("greedy", 0.0), ("sampled", 0.8))}
     if not scores: raise UserError(f"{home} holds no checkpoint yet: train one with `nanomoe run --home {home}`.")
     with write_atomically(home / "reports" / "scorecard.json", "w") as file: json.dump(scores, file, indent=1)
     return scores

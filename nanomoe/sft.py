@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['prompt_ids', 'encode_example', 'pad_rows', 'Examples', 'train_sft', 'score_answers']
 
-# %% ../nbs/05_sft.ipynb #f442bea3
+# %% ../nbs/05_sft.ipynb #c7a20576
 import random
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from .synth import Seed, read_rows
 from .tokenizer import BOS, EOS, PAD, load_tokenizer
 from .train import fit, processes
 
-# %% ../nbs/05_sft.ipynb #eaa28b22
+# %% ../nbs/05_sft.ipynb #8c813d67
 def prompt_ids(tok: Tokenizer, instruction: str) -> list[int]: # [BOS], the instruction, an empty line
     return [BOS, *tok.encode(instruction + "\n\n").ids]
 
@@ -36,7 +36,7 @@ def pad_rows(rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]: 
     fill = lambda values, with_: values + [with_] * (longest - len(values))
     return torch.tensor([fill(tokens, PAD) for tokens, _ in rows]), torch.tensor([fill(labels, IGNORE) for _, labels in rows])
 
-# %% ../nbs/05_sft.ipynb #2e1664d5
+# %% ../nbs/05_sft.ipynb #ded54e1e
 class Examples:
     "Batches of examples of similar length; each epoch in another order."
     def __init__(self, rows: list, # what collate takes
@@ -62,7 +62,7 @@ class Examples:
         epoch, i = divmod(step, self.per_epoch)
         return self.collate([self.rows[j] for j in self._batches(epoch)[i][rank::world]])
 
-# %% ../nbs/05_sft.ipynb #55a03ab9
+# %% ../nbs/05_sft.ipynb #16cfaae9
 def train_sft(home: str | Path, # has a pretrained model and data/synthetic; gets artifacts/sft
               chosen: Preset,
               device: str = "cpu", # "cpu", "cuda" or "mps"

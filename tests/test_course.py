@@ -14,7 +14,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
-LESSONS = sorted(NBS.glob("[0-9][0-9]_*.ipynb"))
+LESSONS = sorted(NBS.glob("[0-9][0-9]*_*.ipynb"))
 NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 by_name = dict(ids=lambda p: p.stem)
 
@@ -123,7 +123,7 @@ def test_the_site_lists_the_lessons_in_order():
     assert config["project"]["output-dir"] == settings["DEFAULT"]["doc_path"]
     assert config["website"]["repo-url"] == settings["DEFAULT"]["git_url"]
     assert config["execute"] == {"enabled": False}
-    listed = re.findall(r"href: (\d\d_\w+\.ipynb)\n\s+text: \d", (ROOT / "_quarto.yml").read_text(encoding="utf-8"))
+    listed = re.findall(r"href: (\d\d\w*_\w+\.ipynb)\n\s+text: \d", (ROOT / "_quarto.yml").read_text(encoding="utf-8"))
     assert listed == [p.name for p in LESSONS]
 
 

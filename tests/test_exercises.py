@@ -48,7 +48,7 @@ def answers(path):
     return {name: text for text in code for name in functions(text)}
 
 
-LESSONS = sorted(NBS.glob("[0-9][0-9]_*.ipynb"))
+LESSONS = sorted(NBS.glob("[0-9][0-9]*_*.ipynb"))
 ALL = [pytest.param(path, k, stub, check, id=f"{path.stem}-{k}") for path in LESSONS for k, stub, check in exercises(path)]
 
 
