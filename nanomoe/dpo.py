@@ -7,7 +7,7 @@ __all__ = ['MAX_DROP', 'exchange', 'stand_ins', 'exchanged_pairs', 'asked_pairs'
            'answer_logps', 'DPOBreakdown', 'dpo_objective', 'Pair', 'collate_pairs', 'read_pairs', 'pair_logps',
            'with_reference', 'train_dpo', 'score_pairs']
 
-# %% ../nbs/06_dpo.ipynb #caf66246
+# %% ../nbs/06_dpo.ipynb #7a59e8ca
 import json
 import math
 import random
@@ -31,7 +31,7 @@ from .synth import Seed, article, broken_rules, contains, read_rows, repetition,
 from .tokenizer import EOS, load_tokenizer
 from .train import fit, processes
 
-# %% ../nbs/06_dpo.ipynb #1f63448c
+# %% ../nbs/06_dpo.ipynb #373438af
 def exchange(text: str, old: str, new: str) -> str: # both are names, or both are an adjective and a noun
     "The same story about somebody else."
     pairs = [(old, new)] + [(old.split()[-1], new.split()[-1])] * (" " in old)      # "brave teapot" before the lone "teapot"
@@ -41,7 +41,7 @@ def exchange(text: str, old: str, new: str) -> str: # both are names, or both ar
     first = new.split()[0]
     return re.sub(rf"\b([Aa])n? (?={first}\b)", lambda match: match[1] + article(first)[1:] + " ", text)
 
-# %% ../nbs/06_dpo.ipynb #a8a7bb00
+# %% ../nbs/06_dpo.ipynb #bd9db5b9
 def stand_ins(seeds: list[Seed], texts: list[str], seed: int = 0) -> list[str | None]: # a wrong protagonist for each story
     "For every story another protagonist of the same split, kind and pronoun."
     def kind(s, text): return s.split, s.protagonist[0].isupper(), Counter(re.findall(r"\b(?:she|he|it)\b", text.lower())).most_common(1)[:1]
@@ -90,7 +90,7 @@ def make_dpo_data(home: str | Path, # gets dpo_train.jsonl and dpo_val.jsonl
         write_rows(Path(home) / "data" / "synthetic" / f"dpo_{split}.jsonl", rows)
     return counts
 
-# %% ../nbs/06_dpo.ipynb #16180abf
+# %% ../nbs/06_dpo.ipynb #88c93c52
 class Preference(NamedTuple):
     "What DPO says of a batch of pairs, one number a pair."
     loss: Tensor        # (B,)
@@ -108,7 +108,7 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, # (B,) log-probabilities of the a
     loss = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
     return Preference(loss, chosen_reward.detach(), rejected_reward.detach())
 
-# %% ../nbs/06_dpo.ipynb #7bd02e8d
+# %% ../nbs/06_dpo.ipynb #2f84cd2e
 def answer_logps(hidden: Tensor, # (B, T, D) what the model makes of the tokens
                  weight: Tensor, # (V, D) its output head
                  labels: Tensor, # (B, T), IGNORE outside of the answers
@@ -120,7 +120,7 @@ def answer_logps(hidden: Tensor, # (B, T, D) what the model makes of the tokens
              for h, y in zip(hidden[rows, places].split(chunk), labels[rows, places].split(chunk))]
     return torch.zeros(len(labels), device=hidden.device).index_add(0, rows, torch.cat(parts))
 
-# %% ../nbs/06_dpo.ipynb #5b609057
+# %% ../nbs/06_dpo.ipynb #37635d85
 class DPOBreakdown(NamedTuple):
     "The parts of the loss, and what to watch; scalars, means over the pairs."
     total: Tensor
@@ -148,7 +148,7 @@ def dpo_objective(cfg: DPOConfig):
                             per_token, balance, z), load, entropy
     return loss
 
-# %% ../nbs/06_dpo.ipynb #3fbb3017
+# %% ../nbs/06_dpo.ipynb #c3a90e02
 class Pair(NamedTuple):
     "An encoded pair."
     split: str
@@ -171,7 +171,7 @@ def read_pairs(path: Path, tok: Tokenizer, room: int) -> list[Pair]: # those tha
     if not fitting: raise UserError(f"No pair of {path} fits into the model's context of {room} tokens; use shorter stories, or a larger max_seq_len.")
     return fitting
 
-# %% ../nbs/06_dpo.ipynb #29b44fdb
+# %% ../nbs/06_dpo.ipynb #76c8b888
 @torch.no_grad()
 def pair_logps(model: NanoMoE, pairs: list[Pair], batch_size: int = 8) -> list[tuple[float, float]]: # of the chosen and the rejected answer
     order, out = sorted(range(len(pairs)), key=lambda i: len(pairs[i].chosen[0])), {}
@@ -194,7 +194,7 @@ def with_reference(path: Path, # where the log-probabilities are kept
         with write_atomically(path, "w") as file: json.dump(kept, file)
     return [pair._replace(reference=tuple(logps)) for pair, logps in zip(pairs, kept["logps"], strict=True)]
 
-# %% ../nbs/06_dpo.ipynb #594d4935
+# %% ../nbs/06_dpo.ipynb #27e72753
 MAX_DROP = 0.5      # nats per token that the chosen answers may lose before training is stopped
 
 def train_dpo(home: str | Path, # has an instructed model and data/synthetic; gets artifacts/dpo

@@ -8,7 +8,7 @@ __all__ = ['STAGES', 'SLICES', 'judge_story', 'interval', 'judge_model', 'scorec
 # %% ../nbs/modules/00_scorecard.ipynb #scorecard-open
 # The code of this module is written in nbs/06_dpo.ipynb.
 
-# %% ../nbs/06_dpo.ipynb #c7a85f5f
+# %% ../nbs/06_dpo.ipynb #1bb2ac7d
 import json
 import math
 from pathlib import Path
@@ -25,8 +25,8 @@ from .synth import Seed, broken_rules, contains, load_prompt_seeds, repetition
 from .tokenizer import EOS, load_tokenizer
 from .train import evaluate
 
-# %% ../nbs/06_dpo.ipynb #fa210855
-def judge_story(story: str, seed: Seed, finished: bool) -> dict[str, float]: # metric -> 0 or 1, or a share
+# %% ../nbs/06_dpo.ipynb #c65b6bb2
+def judge_story(story: str, seed: Seed, finished: bool) -> dict[str, float | bool]: # metric -> yes or no, or a share
     "What a story kept of its instruction."
     broken = broken_rules(story, seed)
     return {"protagonist": "missing_protagonist" not in broken, "required_all": "missing_required" not in broken,
@@ -34,16 +34,16 @@ def judge_story(story: str, seed: Seed, finished: bool) -> dict[str, float]: # m
             "banned_absent": "contains_banned" not in broken, "length_kept": "wrong_sentence_count" not in broken,
             "finished": finished, "repetition": repetition(story)}
 
-def interval(values: list[float]) -> dict: # mean, low, high, n
-    "A mean with its 95 % interval: Wilson's for zeros and ones, the normal one for other numbers."
+def interval(values: list[float | bool]) -> dict: # mean, low, high, n
+    "A mean with its 95 % interval: Wilson's for yes and no, the normal one for numbers."
     n, mean, z = len(values), sum(values) / len(values), 1.96
-    if set(values) <= {0, 1}:
+    if all(isinstance(value, bool) for value in values):
         centre, half = (mean + z * z / (2 * n)) / (1 + z * z / n), z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n)) / (1 + z * z / n)
         return {"mean": mean, "low": max(0.0, centre - half), "high": min(1.0, centre + half), "n": n}
     half = z * math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, n - 1) / n)
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
 
-# %% ../nbs/06_dpo.ipynb #1c1b870f
+# %% ../nbs/06_dpo.ipynb #108b88ea
 @torch.no_grad()
 def judge_model(generate, # `nanomoe.generate.generate`, which notebook 07 writes
                 model: NanoMoE, tok: Tokenizer, seeds: list[Seed],
@@ -62,7 +62,7 @@ def judge_model(generate, # `nanomoe.generate.generate`, which notebook 07 write
         for (seed, prompt), row in zip(batch, rows):
             answer = row[len(prompt):].tolist()
             results.append(judge_story(tok.decode(answer), seed, answer[-1:] == [EOS]))
-    return {metric: interval([float(result[metric]) for result in results]) for metric in results[0]}
+    return {metric: interval([result[metric] for result in results]) for metric in results[0]}
 
 STAGES = {"base": "pretraining", "sft": "sft", "dpo": "dpo"}    # their folders in artifacts/
 SLICES = {"seen": "val_seen", "unseen": "val"}                  # protagonists that training asks for, and others
