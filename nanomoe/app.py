@@ -24,8 +24,8 @@ from nanomoe.routing import trace_routing
 from nanomoe.sft import prompt_ids
 from nanomoe.stories import THEMES
 from nanomoe.synth import Seed, broken_rules, contains, count_sentences
-from nanomoe.tokenizer import EOS, load_tokenizer, tokenizer_hash
-from nanomoe.viz import figure_png, measure_decoding, throughput_figure, token_pieces, tokens_html, usage_figure
+from nanomoe.tokenizer import BOS, EOS, load_tokenizer, tokenizer_hash
+from nanomoe.viz import PALETTE, figure_png, measure_decoding, throughput_figure, token_pieces, tokens_html
 
 STAGES = {"pretrain": "pretraining", "sft": "sft", "dpo": "dpo"}    # what a checkpoint is called -> its folder in artifacts/
 ENDS = {"stop": "came to its end", "length": "stopped at the most tokens", "context": "stopped, the context is full", None: "interrupted"}
@@ -54,7 +54,10 @@ def edition(path: Path) -> tuple[str, int, int]: # path, time and size: another 
 
 
 @st.cache_resource(max_entries=6, show_spinner=False)
-def _model(path, time, size): return load_model(path)
+def _model(path, time, size):
+    model = load_model(path)
+    list(stream(model, torch.full((1, min(16, model.cfg.max_seq_len)), BOS), 2))   # the first steps of a process are slow, and no story's fault
+    return model
 
 
 @st.cache_resource(max_entries=6, show_spinner=False)
@@ -191,7 +194,9 @@ def compare_speeds(home, name):
         if "measured" in st.session_state:
             name, lengths, speeds = st.session_state.measured
             fast, slow = (speeds[way].mean(0)[-1].item() for way in ("with cache", "without cache"))
-            st.image(figure_png(throughput_figure(lengths, speeds), dpi=160), width=600)
+            figure = throughput_figure(lengths, speeds)
+            figure.set_size_inches(4.5, 2.8)    # can be read on a phone
+            st.image(figure_png(figure, dpi=200), width=560)
             st.caption(f"{name}, at {lengths[-1]:.0f} tokens: {fast:,.0f} tokens/s with the cache and {slow:,.0f} without, {fast / slow:.1f} times as fast.")
 
 
@@ -253,17 +258,28 @@ def routing_screen(home: Path, checkpoints: dict):
     tops = [trace.top[layer] for _, trace in read.values() if layer < len(trace.probs)]
     if len(tops) == 2 and len(tops[0]) == len(tops[1]):
         st.caption(f"In layer {layer}, {' and '.join(read)} send {(tops[0] == tops[1]).float().mean():.0%} of these tokens to the same top expert.")
-    st.markdown("**How much each expert is used**")
-    st.image(figure_png(usage_figure({name: [trace.usage] for name, (_, trace) in read.items()}), dpi=120), width=760)
 
 
 def show_routing(name, pieces, trace, layer):
     st.markdown(f"**{name}**")
     st.html(tokens_html(pieces, trace, layer))
-    rows = zip(pieces, trace.experts[layer].tolist(), trace.weights[layer].tolist())
-    st.dataframe([{"token": t, "text": piece, **{key: value for k, (e, w) in enumerate(zip(experts, weights), 1)
-                                                 for key, value in ((f"expert {k}", e), (f"weight {k}", round(w, 3)))}}
-                  for t, (piece, experts, weights) in enumerate(rows)], hide_index=True, height=280)
+    table = {"token": range(len(pieces)), "text": [piece or "\N{MIDDLE DOT}" for piece in pieces]}
+    for k, (experts, weights) in enumerate(zip(trace.experts[layer].T.tolist(), trace.weights[layer].T.tolist()), 1):
+        table[f"choice {k}"] = [f"expert {e}" for e in experts]
+        table[f"weight {k}"] = [round(w, 3) for w in weights]
+    st.dataframe(table, hide_index=True, height=280)
+    st.html(usage_html(trace))
+
+
+def usage_html(trace) -> str: # a bar for each layer; a figure with a panel for each is too small for a phone
+    "How the assignments spread over the experts."
+    rows = ""
+    for layer, shares in enumerate(trace.usage.tolist()):
+        parts = (f'<span title="expert {e}: {share:.0%}" style="flex:{share} 1 0;overflow:hidden;white-space:nowrap;padding:2px 0 2px 3px;'
+                 f'background:{PALETTE[e % len(PALETTE)]}38;border-bottom:3px solid {PALETTE[e % len(PALETTE)]}">{e}<small> {share:.0%}</small></span>'
+                 for e, share in enumerate(shares))
+        rows += f'<div style="display:flex;gap:1px;margin-bottom:4px"><span style="width:4.2em;flex:none">layer {layer}</span>{"".join(parts)}</div>'
+    return f'<div class="usage" style="max-width:46em"><b>Share of each expert</b> ({1 / trace.probs.shape[-1]:.0%} if even){rows}</div>'
 
 
 def main():
