@@ -165,7 +165,6 @@ def show_turn(turn: Turn, write=None):
 
 
 def ask_for() -> Seed | None: # what the form asks for, when it is sent
-    for key, value in FORM.items(): st.session_state[key] = st.session_state.get(key, value)     # kept while the other screen is shown
     with st.expander("Ask for a particular story"), st.form("ask", border=False):
         st.caption("For checkpoints that were trained on instructions, sft and dpo. A pretrained one only goes on with the text.")
         left, right = st.columns(2)
@@ -177,8 +176,8 @@ def ask_for() -> Seed | None: # what the form asks for, when it is sent
         if not st.form_submit_button("Write this story"): return
         who, theme, phrases, banned, sentences = (st.session_state[key] for key in FORM)
         phrases, banned = (tuple(p for part in text.split(",") if (p := " ".join(part.split()))) for text in (phrases, banned))
-        if not who.strip() or not phrases: return st.error("Say who the story is about, and at least one phrase to use.")
-        return Seed("app", "val", " ".join(who.split()), theme, phrases, banned, *sentences, story=0)
+        if who.strip() and phrases: return Seed("app", "val", " ".join(who.split()), theme, phrases, banned, *sentences, story=0)
+        st.error("Say who the story is about, and at least one phrase to use.")
 
 
 def compare_speeds(home, name):
@@ -287,6 +286,7 @@ def main():
     home = find_home()
     checkpoints = find_checkpoints(home)
     st.session_state.setdefault("turns", [])
+    for key, value in FORM.items(): st.session_state[key] = st.session_state.get(key, value)     # kept while the other screen is shown
     st.subheader("Nano-MoE")
     if not checkpoints:
         st.info(f"There is no checkpoint in `{home}` yet. This command makes one, in some minutes; then reload this page:")
