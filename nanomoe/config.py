@@ -86,7 +86,8 @@ class SFTConfig(LoopConfig):
     "Instruction tuning: how many examples, how often, how gently."
     examples: int = 20_000          # instructions with their answers
     val_examples: int = 400         # held out, half of them about protagonists that training never names
-    epochs: float = 1.0             # how often each example is seen
+    drills: float = 1.0             # drills for each example: they practise nothing but the hero's name
+    epochs: float = 1.0             # how often each example, and each drill, is seen
     batch_size: int = 8             # examples in a micro-batch
     lr: float = 2e-3
     muon_lr: float = 4e-3
@@ -95,12 +96,13 @@ class SFTConfig(LoopConfig):
 
     @property
     def steps(self) -> int: # optimiser steps
-        return max(1, round(self.epochs * self.examples) // (self.batch_size * self.grad_accum))
+        return max(1, round(self.epochs * (1 + self.drills) * self.examples) // (self.batch_size * self.grad_accum))
 
 @dataclass(frozen=True)
 class DPOConfig(SFTConfig):
     "Preference tuning: an example is a pair of answers, one better than the other."
     examples: int = 2_000           # pairs
+    drills: float = 0.0
     val_examples: int = 200
     lr: float = 2e-4
     muon_lr: float = 4e-4
@@ -132,7 +134,7 @@ def _check_model(cfg):
 # %% ../nbs/02_attention.ipynb #0aadbdf4
 def _check_training(cfg):
     _at_least(cfg, 1, "stories val_stories tokenizer_stories tokens seq_len examples val_examples batch_size grad_accum evals log_every")
-    _at_least(cfg, 0, "lr muon_lr weight_decay min_lr grad_clip patience seed save_minutes epochs beta rpo_alpha")
+    _at_least(cfg, 0, "lr muon_lr weight_decay min_lr grad_clip patience seed save_minutes epochs drills beta rpo_alpha")
     for name in ("warmup", "decay"):
         _check(0 <= getattr(cfg, name) <= 1, f"{name}={getattr(cfg, name)} is a share of the steps and lies between 0 and 1")
     _check(0 <= getattr(cfg, "label_smoothing", 0) < 0.5, "label_smoothing must be at least 0 and less than 0.5, where a pair says nothing at all")
