@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from nanomoe import dpo
 from nanomoe.checkpoint import load_checkpoint, load_model, save_checkpoint
 from nanomoe.config import DPOConfig, ModelConfig, Preset, SFTConfig, TrainConfig
-from nanomoe.dpo import (answer_logps, asked_pairs, collate_pairs, dpo_loss, dpo_objective, exchange, exchanged_pairs, make_dpo_data, pair_logps,
-                         read_pairs, score_pairs, stand_ins, train_dpo, with_reference)
+from nanomoe.dpo import (answer_logps, asked_pairs, collate_pairs, dpo_loss, dpo_objective, exchanged_pairs, make_dpo_data, pair_logps, read_pairs,
+                         score_pairs, stand_ins, train_dpo, with_reference)
 from nanomoe.files import UserError
 from nanomoe.model import IGNORE, NanoMoE
 from nanomoe.stories import open_book, open_stories, storybook
-from nanomoe.synth import Seed, article, broken_rules, contains, corpus_writer, make_prompt_seeds, read_rows, seed_from, seed_row, write_rows
+from nanomoe.synth import Seed, article, broken_rules, contains, corpus_writer, exchange, make_prompt_seeds, read_rows, seed_from, seed_row, write_rows
 from nanomoe.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from nanomoe.train import read_log
 

@@ -16,14 +16,14 @@ from nanomoe.checkpoint import load_checkpoint, load_model, save_checkpoint
 from nanomoe.config import ModelConfig, Preset, SFTConfig, TrainConfig
 from nanomoe.files import UserError
 from nanomoe.model import IGNORE, NanoMoE
-from nanomoe.sft import Examples, encode_example, pad_rows, prompt_ids, score_answers, train_sft
+from nanomoe.sft import Examples, encode_drill, encode_example, make_drills, pad_rows, prompt_ids, score_answers, train_sft
 from nanomoe.stories import storybook
-from nanomoe.synth import Seed, read_rows, seed_row, write_rows
+from nanomoe.synth import HELD_OUT_PROTAGONISTS, Seed, contains, is_held_out, read_rows, seed_row, write_rows
 from nanomoe.tokenizer import BOS, EOS, PAD, save_tokenizer, train_tokenizer
 from nanomoe.train import read_log
 
 MODEL = ModelConfig(vocab_size=300, d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=16, max_seq_len=256)
-CHOSEN = Preset(MODEL, TrainConfig(), SFTConfig(examples=32, epochs=5, batch_size=4, evals=5, patience=0, log_every=1))     # 40 steps
+CHOSEN = Preset(MODEL, TrainConfig(), SFTConfig(examples=32, epochs=5, batch_size=4, drills=0.0, evals=5, patience=0, log_every=1))     # 40 steps
 
 
 def rows(split, n, start=0):
@@ -198,6 +198,47 @@ def test_batches_are_of_similar_length():
 def test_fewer_examples_than_processes_are_a_sentence(tok):
     batches = Examples([one(tok)], [20], 4, pad_rows)
     with pytest.raises(UserError): [batches(0, rank, 2) for rank in range(2)]
+
+
+# Drills
+
+@pytest.mark.parametrize("story, hero, before, mention", [
+    ("Once there was Mia. Mia ran.", "Mia", "Once there was", " Mia"), ("Mia ran.", "Mia", "", "Mia"), ("It rained.\nMia's hat", "Mia", "It rained.", "\nMia"),
+    ("In Miami, a brave teapot sang.", "brave teapot", "In Miami, a", " brave teapot"), ("Miami! MIA ran.", "Mia", "Miami!", " MIA")])
+def test_a_drill_is_the_first_mention_alone(tok, story, hero, before, mention):
+    tokens, labels = encode_drill(tok, "Tell a story.", story, hero)
+    learned = [label for label in labels if label != IGNORE]
+    assert tok.decode(learned) == mention and labels[-len(learned):] == learned and len(tokens) == len(labels)
+    whole = encode_example(tok, "Tell a story.", story)         # and up to there it is the example itself
+    assert [*tokens, labels[-1]] == [*whole[0], EOS][:len(tokens) + 1] == prompt_ids(tok, "Tell a story.") + tok.encode(before + mention).ids
+
+
+def test_drills_are_about_the_hero_and_about_stand_ins(tok):
+    stories = [row for row in rows("train", 8)]
+    drills = make_drills(tok, stories, 20)
+    assert len(drills) == 20 and drills == make_drills(tok, stories, 20) != make_drills(tok, stories, 20, seed=1) and make_drills(tok, stories, 0) == []
+    for i, (tokens, labels) in enumerate(drills):
+        name = tok.decode([label for label in labels if label != IGNORE]).strip()
+        assert tok.decode(tokens).startswith("Theme: ") and contains(tok.decode(tokens).split("\n\n")[0], f"about {name}")
+        assert (name == stories[i % 8]["protagonist"]) == (i % 2 == 0) and (i % 2 == 0 or not is_held_out(name, HELD_OUT_PROTAGONISTS))
+
+
+@pytest.mark.xfail(strict=True, raises=AttributeError, reason="a mention that the filter accepts and the drill does not find stops the training: `'NoneType' object has no attribute 'start'`")
+@pytest.mark.parametrize("hero, story", [("brave teapot", "A brave\nteapot sang."), ("brave teapot", "A brave, teapot sang.")])
+def test_every_mention_that_the_filter_accepts_can_be_drilled(tok, hero, story):
+    row = {**next(rows("train", 1)), "protagonist": hero, "response": story}
+    assert contains(story, hero) and len(make_drills(tok, [row], 2)) == 2
+
+
+@pytest.mark.xfail(strict=True, reason="a stand-in's name may be a word of its story, and the drill then ends at that word, long before the hero comes: 'In the barn … was Barn' teaches 'barn'")
+def test_a_stand_in_is_no_word_of_its_story(tok):
+    row = {**next(rows("train", 1)), "protagonist": "Mia", "response": "zabel in the barn was Mia."}
+    for _, labels in make_drills(tok, [row] * 60, 60)[1::2]: assert labels.count(IGNORE) > len(prompt_ids(tok, row["instruction"])) + 3
+
+
+def test_drills_are_part_of_the_training(home):
+    best = train_sft(home, Preset(MODEL, TrainConfig(), replace(CHOSEN.sft, epochs=1, drills=1.0, evals=1)))
+    assert best["step"] == 16 == len(read_log(home / "artifacts" / "sft" / "train_log.jsonl"))      # 32 examples and 32 drills, in batches of 4
 
 
 # Scores
