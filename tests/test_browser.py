@@ -1,0 +1,317 @@
+"""The app and the two widget lessons in a real browser. With NANOMOE_SCREENSHOTS=folder, pictures of every screen are left there."""
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+CHROMIUM = shutil.which("chromium")
+if not CHROMIUM: pytest.skip("needs Debian's chromium on the PATH (apt-get install chromium)", allow_module_level=True)
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+pytest.importorskip("streamlit", reason="the app needs streamlit")
+pytest.importorskip("jupyterlab", reason="the lessons need jupyterlab")
+
+from nanomoe import app
+from test_app import expected, made, save_model    # `made` is a fixture: a home with two checkpoints
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the servers are stopped by a signal")
+SCRIPT = "<script>alert(1)</script>"
+WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+MINUTES = 4 * 60_000    # milliseconds; generous, for a machine that is busy with something else
+
+# A server that also ends when this process dies: its standard input closes then.
+LEASH = "import os, sys, threading; threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start(); "
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as probe: return probe.getsockname()[1]
+
+
+def answers(host, port):
+    try: return socket.create_connection((host, port), timeout=1).close() or True
+    except OSError: return False
+
+
+@contextmanager
+def serving(code, port, log, **popen):
+    "Run Python code that serves on a port, until the block ends."
+    with open(log, "w") as file:
+        server = subprocess.Popen([sys.executable, "-c", LEASH + code], stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT, **popen)
+    try:
+        deadline = time.monotonic() + MINUTES / 1000
+        while not answers("127.0.0.1", port):
+            assert server.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.send_signal(signal.SIGTERM)
+        try: server.wait(30)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+            raise
+        finally: server.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    "open_page(url, …) -> a page of its own browser session. At the end, none of them may have complained or called anywhere else."
+    pages, trouble = [], []
+    def open(url, viewport=WIDE, scheme="light"):
+        page = browser.new_context(viewport=viewport, color_scheme=scheme).new_page()
+        page.set_default_timeout(MINUTES)
+        page.on("pageerror", lambda error: trouble.append(str(error)))
+        page.on("dialog", lambda dialog: (trouble.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.on("request", lambda request: trouble.append(request.url) if not re.match(r"data:|blob:|(http|ws)://127\.0\.0\.1:", request.url) else None)
+        page.goto(url)
+        pages.append(page)
+        return page
+    yield open
+    for page in pages: page.context.close()
+    assert not trouble
+
+
+def picture(page, name):
+    if folder := os.environ.get("NANOMOE_SCREENSHOTS"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        page.wait_for_timeout(400)      # for what moves
+        page.screenshot(path=Path(folder) / f"{name}.png")
+
+
+# The app
+
+@pytest.fixture(scope="module")
+def url(made, tmp_path_factory):
+    port = free_port()
+    code = f"from nanomoe.app import run_app; run_app({str(made)!r}, {port})"
+    with serving(code, port, tmp_path_factory.mktemp("log") / "app.log", env={**os.environ, "OMP_NUM_THREADS": "1"}) as url:
+        yield url
+
+
+def settle(page):
+    "Wait until the script has run to its end."
+    page.wait_for_timeout(300)
+    page.wait_for_selector('[data-testid="stApp"][data-test-script-state="notRunning"]')
+    page.wait_for_timeout(200)
+
+
+def open_app(open_page, url, **look):
+    page = open_page(url, **look)
+    page.get_by_text("Let the model begin").wait_for()
+    settle(page)
+    return page
+
+
+def send(page, prompt):
+    box = page.get_by_placeholder("How does the story begin?")
+    box.fill(prompt)
+    box.press("Enter")
+
+
+def choose(page, label, option):
+    page.locator(f'[data-testid="stSelectbox"]:has-text("{label}") input').click()
+    page.get_by_role("option", name=option, exact=True).click()
+    settle(page)
+
+
+def fits(page):
+    "Nothing sticks out on the right, and nothing went wrong."
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    main = page.locator('[data-testid="stMain"]')
+    assert main.evaluate("e => e.scrollWidth <= e.clientWidth")
+    assert page.locator('[data-testid="stException"]').count() == 0
+
+
+def tip(token): return token.evaluate("e => getComputedStyle(e, '::after').content")
+
+
+@pytest.mark.parametrize("name, look", [("wide", {"viewport": WIDE}), ("wide-dark", {"viewport": WIDE, "scheme": "dark"}),
+                                        ("phone", {"viewport": PHONE}), ("phone-dark", {"viewport": PHONE, "scheme": "dark"})])
+def test_the_app_from_a_story_to_its_routing(open_page, url, made, name, look):
+    page, phone = open_app(open_page, url, **look), look["viewport"] is PHONE
+    picture(page, f"{name}-1-start")
+    fits(page)
+
+    send(page, f"Once upon a time {SCRIPT}")        # generate
+    settle(page)
+    page.get_by_text("first token after").first.wait_for()
+    assert SCRIPT in page.get_by_test_id("stChatMessage").nth(1).inner_text()
+    picture(page, f"{name}-2-story")
+    fits(page)
+
+    if phone: page.get_by_test_id("stExpandSidebarButton").click()
+    choose(page, "Side by side with", "pretrain")   # compare
+    if phone:
+        picture(page, f"{name}-3-settings")
+        page.get_by_test_id("stSidebarCollapseButton").locator("button").click()
+    send(page, "The red")
+    page.wait_for_function("document.querySelectorAll('[data-testid=stChatMessage]').length == 4")
+    settle(page)
+    both = page.get_by_test_id("stChatMessage").nth(3)
+    left, right = (both.get_by_text(stage, exact=True).bounding_box() for stage in ("sft", "pretrain"))
+    assert (right["y"] > left["y"]) if phone else (right["y"] == left["y"] and right["x"] > left["x"])
+    picture(page, f"{name}-4-side-by-side")
+    fits(page)
+
+    page.get_by_text("Ask for a particular story").click()
+    page.get_by_text("Write this story").click()
+    page.get_by_text("does not repeat itself").nth(1).scroll_into_view_if_needed()
+    settle(page)
+    picture(page, f"{name}-5-form")
+    fits(page)
+
+    page.get_by_text("Measure what the KV cache saves").click()
+    page.get_by_role("button", name="Measure sft").click()
+    page.get_by_text("times as fast").scroll_into_view_if_needed()
+    chart = page.get_by_test_id("stImage").locator("img")
+    assert chart.evaluate("e => e.complete && e.naturalWidth > 300")
+    picture(page, f"{name}-6-benchmark")
+    fits(page)
+
+    page.locator("label", has_text="Routing").click()
+    settle(page)
+    token = page.locator(".nm-tokens > span[data-tip]").nth(8)
+    assert tip(token) in ("none", "normal")
+    token.hover()
+    assert "layer 2" in tip(token) and "expert 3" in tip(token) and "weight" in tip(token)
+    picture(page, f"{name}-7-routing")
+    handle = page.locator('[data-testid="stMain"] [role="slider"]')
+    handle.focus()
+    handle.press("ArrowLeft")
+    page.get_by_text("Layer 1; top expert").wait_for()
+    settle(page)
+    choose(page, "Also read by", "sft")     # the pretrained model's answer came last in this turn
+    assert page.locator(".nm-tokens").count() == 2
+    page.get_by_text("to the same top expert").scroll_into_view_if_needed()
+    picture(page, f"{name}-8-two-models")
+    fits(page)
+
+
+def test_two_sessions_at_once_do_not_disturb_each_other(open_page, url, made):
+    pages = [open_app(open_page, url) for _ in range(2)]
+    prompts = ["One day", "The red"]
+    for page, prompt in zip(pages, prompts): send(page, prompt)
+    for page, prompt in zip(pages, prompts):
+        page.get_by_text("first token after").wait_for()
+        told = page.get_by_test_id("stChatMessage").nth(1).locator('[data-testid="stHtml"]').first.evaluate("e => e.firstElementChild.textContent")
+        assert told == prompt + expected(made, "sft", prompt)[len(prompt):]
+        assert page.get_by_test_id("stChatMessage").count() == 2
+
+
+def test_a_click_elsewhere_leaves_what_was_written(open_page, url):
+    page = open_app(open_page, url)
+    send(page, "One day")
+    page.locator('[data-testid="stChatMessage"]').nth(1).wait_for()
+    page.locator("label", has_text="Routing").click()   # it may have been written to the end by now
+    settle(page)
+    page.locator("label", has_text="Stories").click()
+    settle(page)
+    assert page.get_by_test_id("stChatMessage").count() == 2
+    fits(page)
+
+
+def test_without_a_checkpoint_and_then_with_one(open_page, made, tmp_path):
+    "Started by `streamlit run`, in a folder inside the home: its own settings bind it to this machine and find the home."
+    home, port = tmp_path / "home", free_port()
+    (home / "notes").mkdir(parents=True)
+    code = f"from streamlit.web.cli import main; main(['run', {app.__file__!r}, '--server.port={port}', '--server.headless=true'])"
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("STREAMLIT_", "NANOMOE_HOME"))}
+    with serving(code, port, tmp_path / "log", cwd=home / "notes", env={**env, "NANOMOE_HOME": str(home), "OMP_NUM_THREADS": "1"}) as url:
+        if sys.platform == "linux": assert not answers("127.0.0.2", port), "it listens on more than 127.0.0.1"
+        page = open_page(url, viewport=PHONE)
+        page.get_by_text("nanomoe run --home").wait_for()
+        fits(page)
+        picture(page, "phone-0-no-checkpoint")
+        shutil.copytree(made, home, dirs_exist_ok=True)
+        page.reload()
+        page.get_by_text("Let the model begin").wait_for()
+        save_model(home, "sft", seed=5)     # replaced while the app runs
+        send(page, "One day")
+        page.get_by_text("first token after").wait_for()
+        assert page.get_by_text("damaged").count() == 0
+
+
+# The lessons
+
+@pytest.fixture(scope="module")
+def lab(root, tmp_path_factory):
+    "JupyterLab on copies of the two lessons."
+    folder, settings, port = tmp_path_factory.mktemp("lab"), tmp_path_factory.mktemp("settings"), free_port()
+    for name in ("07_kv_cache", "08_routing_viz"): shutil.copy(root / "nbs" / f"{name}.ipynb", folder)
+    for plugin, choice in {"notebook-extension/tracker": {"windowingMode": "none"},     # all cells are on the page
+                           "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False}}.items():
+        file = settings / "@jupyterlab" / f"{plugin}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(choice))
+    options = ["--no-browser", "--allow-root", f"--port={port}", "--ip=127.0.0.1", "--IdentityProvider.token=", f"--ServerApp.root_dir={folder}"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "JUPYTERLAB_SETTINGS_DIR": str(settings), "JUPYTER_CONFIG_DIR": str(settings),
+           "JUPYTERLAB_WORKSPACES_DIR": str(settings / "workspaces"), "JUPYTER_RUNTIME_DIR": str(settings / "runtime"), "JUPYTER_PREFER_ENV_PATH": "1"}
+    with serving(f"from jupyterlab.labapp import main; main({options!r})", port, folder.parent / "lab.log", cwd=folder, env=env) as url: yield url
+
+
+def run_all(page):
+    page.locator(".jp-Notebook .jp-Cell").first.wait_for()
+    page.wait_for_function("document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status == 'idle'")
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_text("Run All Cells", exact=True).click()
+    page.wait_for_function("[...document.querySelectorAll('.jp-InputPrompt')].some(e => e.textContent.includes('*'))")
+    page.wait_for_function("![...document.querySelectorAll('.jp-InputPrompt')].some(e => e.textContent.includes('*'))")
+    assert page.locator('.jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"], [data-mime-type="application/vnd.jupyter.error"]').count() == 0
+
+
+def move(page, slider, key="ArrowRight"):
+    slider.locator(".noUi-handle").focus()
+    slider.locator(".noUi-handle").press(key)
+
+
+def changed(page, locator, of, before):
+    "Wait until `of`, a piece of JavaScript about the element e, gives something else."
+    for _ in range(MINUTES // 200):
+        page.wait_for_timeout(200)
+        if locator.count() and locator.evaluate(f"e => {of}") != before: return True
+    return False
+
+
+def test_lesson_07_steps_through_decoding(open_page, lab):
+    page = open_page(f"{lab}/lab/tree/07_kv_cache.ipynb")
+    run_all(page)
+    slider = page.locator(".widget-slider").first
+    slider.scroll_into_view_if_needed()
+    drawn = page.locator(".widget-vbox").filter(has=slider).first.locator("img").first
+    before = drawn.evaluate("e => e.src")
+    picture(page, "lab-07-before")
+    move(page, slider)
+    assert changed(page, drawn, "e.src", before)
+    picture(page, "lab-07-after")
+
+
+def test_lesson_08_colours_the_tokens_layer_by_layer(open_page, lab):
+    page = open_page(f"{lab}/lab/tree/08_routing_viz.ipynb")
+    run_all(page)
+    box = page.locator(".widget-vbox").filter(has=page.locator("textarea")).first
+    box.scroll_into_view_if_needed()
+    words = box.locator(".nm-tokens")
+    before = words.inner_html()
+    picture(page, "lab-08-before")
+    move(page, box.locator(".widget-slider").first, "ArrowLeft")
+    assert changed(page, words, "e.innerHTML", before)
+    token = words.locator("span[data-tip]").nth(3)
+    token.hover()
+    assert "expert 3" in tip(token)
+    picture(page, "lab-08-after")
