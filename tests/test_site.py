@@ -147,6 +147,17 @@ def test_pictures_are_there_and_say_what_they_show(page, site):
         assert re.search(r'\balt="[^"]+"', tag), tag
 
 
+@pytest.mark.parametrize("page", [p for p in PAGES if p.suffix == ".ipynb"], ids=lambda p: p.as_posix())
+def test_prose_before_a_cell_can_describe_its_picture(page):
+    "nbs/alt.lua makes it the picture's alternative text, if the cell gives none with `#| fig-alt:`."
+    before = ""
+    for cell in cells(NBS / page):
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown": before = source.strip().split("\n\n")[-1]
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}) and "fig-alt:" not in source: assert len(before) > 15, source[:200]
+
+
 @each_page
 def test_maths_can_be_read(page, site):
     "Every formula becomes MathML, and nothing of TeX is left in it."
