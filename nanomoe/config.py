@@ -135,11 +135,9 @@ def _check_model(cfg):
 def _check_training(cfg):
     _at_least(cfg, 1, "stories val_stories tokenizer_stories tokens seq_len examples val_examples batch_size grad_accum evals log_every")
     _at_least(cfg, 0, "lr muon_lr weight_decay min_lr grad_clip patience seed save_minutes epochs drills beta rpo_alpha")
-    for name in ("warmup", "decay"):
-        _check(0 <= getattr(cfg, name) <= 1, f"{name}={getattr(cfg, name)} is a share of the steps and lies between 0 and 1")
+    for name in ("warmup", "decay"): _check(0 <= getattr(cfg, name) <= 1, f"{name}={getattr(cfg, name)} is a share of the steps and lies between 0 and 1")
     _check(0 <= getattr(cfg, "label_smoothing", 0) < 0.5, "label_smoothing must be at least 0 and less than 0.5, where a pair says nothing at all")
-    for name in ("beta1", "beta2"):
-        _check(0 <= getattr(cfg, name) < 1, f"{name}={getattr(cfg, name)} must be at least 0 and less than 1")
+    for name in ("beta1", "beta2"): _check(0 <= getattr(cfg, name) < 1, f"{name}={getattr(cfg, name)} must be at least 0 and less than 1")
     _check(cfg.seed < 2 ** 63, f"seed={cfg.seed} has more than 63 bits; choose a smaller one")
     _check(cfg.optimizer in ("adamw", "muon"), f'optimizer="{cfg.optimizer}" is unknown; choose "adamw" or "muon"')
     _check(cfg.dtype in ("float32", "bfloat16"), f'dtype="{cfg.dtype}" is unknown; choose "float32" or "bfloat16"')

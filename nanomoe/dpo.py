@@ -7,7 +7,7 @@ __all__ = ['MAX_DROP', 'stand_ins', 'exchanged_pairs', 'asked_pairs', 'make_dpo_
            'DPOBreakdown', 'dpo_objective', 'Pair', 'collate_pairs', 'read_pairs', 'pair_logps', 'with_reference',
            'train_dpo', 'score_pairs']
 
-# %% ../nbs/06_dpo.ipynb #925aaab5
+# %% ../nbs/06_dpo.ipynb #5b861c6d
 import json
 import math
 import random
@@ -26,24 +26,21 @@ from .checkpoint import load_model
 from .config import DPOConfig, Preset
 from .files import UserError, sha256_of, write_atomically
 from .model import NanoMoE
-from .sft import Examples, encode_example, pad_rows, prompt_ids
-from .synth import Seed, broken_rules, contains, exchange, read_rows, seed_row, write_rows
-from .tokenizer import EOS, load_tokenizer
+from .sft import Examples, check_tokenizer, encode_example, pad_rows, prompt_ids
+from .synth import Seed, broken_rules, contains, exchange, read_rows, repetition, seed_row, write_rows
+from .tokenizer import PAD, load_tokenizer
 from .train import fit, processes
 
-# %% ../nbs/06_dpo.ipynb #049d90c1
+# %% ../nbs/06_dpo.ipynb #d7e60f3b
 def stand_ins(seeds: list[Seed], texts: list[str], seed: int = 0) -> list[str | None]: # a wrong protagonist for each story
-    "For every story another protagonist of the same split, kind and pronoun."
-    def kind(s, text): return s.split, s.protagonist[0].isupper(), Counter(re.findall(r"\b(?:she|he|it)\b", text.lower())).most_common(1)[:1]
-    kinds = [(split, name, pronoun[0][0] if pronoun else None) for split, name, pronoun in map(kind, seeds, texts)]
-    pools = defaultdict(list)
-    for key, s in zip(kinds, seeds):
-        if s.protagonist not in pools[key]: pools[key].append(s.protagonist)
-    rng, chosen = random.Random(f"{seed} stand-ins"), []
-    for key, s, text in zip(kinds, seeds, texts):
-        fitting = [p for p in pools[key] if not contains(text, p.split()[-1]) and not contains(s.instruction, p.split()[-1])]
-        chosen.append(rng.choice(fitting) if fitting else None)
-    return chosen
+    "For every story another protagonist of the same split, kind and pronoun, who does not occur in it."
+    rng, pools = random.Random(f"{seed} stand-ins"), defaultdict(list)
+    kinds = [(s.split, s.protagonist[0].isupper(), s.pronoun) for s in seeds]
+    for kind, s in zip(kinds, seeds): pools[kind].append(s.protagonist)
+    def choose(kind, s, text):
+        tries = (rng.choice(pools[kind]) for _ in range(20))
+        return next((p for p in tries if not contains(f"{text} {s.instruction}", p.split()[-1])), None)
+    return [choose(*those) for those in zip(kinds, seeds, texts)]
 
 def exchanged_pairs(write): # a writer, as `make_sft_data` takes it
     "A writer of pairs: the rejected story is the chosen one with its protagonist exchanged."
@@ -67,20 +64,24 @@ def make_dpo_data(home: str | Path, # gets dpo_train.jsonl and dpo_val.jsonl
                   pairs, # seeds -> (seed, wrong protagonist, chosen text, rejected text)
                   seeds: list[Seed]) -> Counter: # how many pairs were accepted, and why others were not
     "Pairs whose chosen answer keeps every rule, and whose rejected answer breaks only the one about its protagonist."
-    kept, counts = {"train": [], "val": []}, Counter(accepted=0)
+    kept, rejects, counts = {"train": [], "val": []}, [], Counter(accepted=0)
     for seed, wrong, chosen, rejected in pairs(seeds):
         broken = broken_rules(chosen, seed)
         faults = [f"chosen {rule}" for rule in broken] + [f"rejected {rule}" for rule in broken_rules(rejected, seed) if rule != "missing_protagonist"]
         if contains(rejected, seed.protagonist): faults.append("rejected has the right protagonist")
         if not contains(rejected, wrong): faults.append("rejected lacks the wrong protagonist")
         counts.update(faults or ["accepted"])
-        if not faults: kept["train" if seed.split == "train" else "val"].append({**seed_row(seed), "wrong": wrong, "chosen": chosen, "rejected": rejected})
+        row = {**seed_row(seed), "wrong": wrong, "chosen": chosen, "rejected": rejected}
+        if faults: rejects.append({**row, "broken": faults})
+        else: kept["train" if seed.split == "train" else "val"].append(row)
+    folder = Path(home) / "data" / "synthetic"
+    write_rows(folder / "dpo_rejects.jsonl", rejects)
     for split, rows in kept.items():
         if not rows: raise UserError(f"No pair for {split} kept the rules ({dict(counts)}): make more prompt seeds.")
-        write_rows(Path(home) / "data" / "synthetic" / f"dpo_{split}.jsonl", rows)
+    for split, rows in kept.items(): write_rows(folder / f"dpo_{split}.jsonl", rows)
     return counts
 
-# %% ../nbs/06_dpo.ipynb #9a9b2345
+# %% ../nbs/06_dpo.ipynb #b3600848
 class Preference(NamedTuple):
     "What DPO says of a batch of pairs, one number a pair."
     loss: Tensor        # (B,)
@@ -98,7 +99,7 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, # (B,) log-probabilities of the a
     loss = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
     return Preference(loss, chosen_reward.detach(), rejected_reward.detach())
 
-# %% ../nbs/06_dpo.ipynb #16053468
+# %% ../nbs/06_dpo.ipynb #2ec83586
 def answer_logps(hidden: Tensor, # (B, T, D) what the model makes of the tokens
                  weight: Tensor, # (V, D) its output head
                  labels: Tensor, # (B, T), IGNORE outside of the answers
@@ -110,7 +111,7 @@ def answer_logps(hidden: Tensor, # (B, T, D) what the model makes of the tokens
              for h, y in zip(hidden[rows, places].split(chunk), labels[rows, places].split(chunk))]
     return torch.zeros(len(labels), device=hidden.device).index_add(0, rows, torch.cat(parts))
 
-# %% ../nbs/06_dpo.ipynb #a8f5c687
+# %% ../nbs/06_dpo.ipynb #0e23f1d0
 class DPOBreakdown(NamedTuple):
     "The parts of the loss, and what to watch; scalars, means over the pairs."
     total: Tensor
@@ -118,6 +119,7 @@ class DPOBreakdown(NamedTuple):
     chosen_reward: Tensor
     rejected_reward: Tensor
     margin: Tensor
+    kl: Tensor              # nats per answer: half the mean squared log-ratio to the reference, on the answers of the pairs (Schulman's k2)
     accuracy: Tensor        # share of the pairs with a margin above 0: better than the reference told them apart
     chosen_logp: Tensor     # nats per token of the chosen answers, as a log-probability
     load_balance: Tensor
@@ -131,14 +133,14 @@ def dpo_objective(cfg: DPOConfig):
         (chosen, rejected), (ref_chosen, ref_rejected) = logps.chunk(2), reference.chunk(2)
         preference = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, cfg.beta, cfg.label_smoothing)
         per_token = chosen.sum() / (labels[:len(numbers)] >= 0).sum()
-        extra, balance, z, load, entropy = model.routing_losses(routings)
+        extra, balance, z, load, entropy = model.routing_losses(routings, tokens.flatten() != PAD)
         dpo, margin = preference.loss.mean(), preference.chosen - preference.rejected
         total = dpo - cfg.rpo_alpha * per_token + extra
-        return DPOBreakdown(total, dpo, preference.chosen.mean(), preference.rejected.mean(), margin.mean(), (margin > 0).float().mean(),
+        return DPOBreakdown(total, dpo, preference.chosen.mean(), preference.rejected.mean(), margin.mean(), (logps - reference).detach().square().mean() / 2, (margin > 0).float().mean(),
                             per_token, balance, z), load, entropy
     return loss
 
-# %% ../nbs/06_dpo.ipynb #b904ba1b
+# %% ../nbs/06_dpo.ipynb #593cad08
 class Pair(NamedTuple):
     "An encoded pair."
     split: str
@@ -161,7 +163,7 @@ def read_pairs(path: Path, tok: Tokenizer, room: int) -> list[Pair]: # those tha
     if not fitting: raise UserError(f"No pair of {path} fits into the model's context of {room} tokens; use shorter stories, or a larger max_seq_len.")
     return fitting
 
-# %% ../nbs/06_dpo.ipynb #8d6e53ea
+# %% ../nbs/06_dpo.ipynb #03c32842
 @torch.no_grad()
 def pair_logps(model: NanoMoE, pairs: list[Pair], batch_size: int = 8) -> list[tuple[float, float]]: # of the chosen and the rejected answer
     order, out = sorted(range(len(pairs)), key=lambda i: len(pairs[i].chosen[0])), {}
@@ -179,12 +181,12 @@ def with_reference(path: Path, # where the log-probabilities are kept
     "The pairs with the reference's log-probabilities: from disk if they are there and fit, else computed."
     try: kept = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError): kept = {}
-    if kept.get("key") != key:
+    if not isinstance(kept, dict) or kept.get("key") != key or len(kept.get("logps", ())) != len(pairs):
         kept = {"key": key, "logps": pair_logps(model, pairs, batch_size)}
         with write_atomically(path, "w") as file: json.dump(kept, file)
     return [pair._replace(reference=tuple(logps)) for pair, logps in zip(pairs, kept["logps"], strict=True)]
 
-# %% ../nbs/06_dpo.ipynb #a121b897
+# %% ../nbs/06_dpo.ipynb #74ba9907
 MAX_DROP = 0.5      # nats per token that the chosen answers may lose before training is stopped
 
 def train_dpo(home: str | Path, # has an instructed model and data/synthetic; gets artifacts/dpo
@@ -200,13 +202,23 @@ def train_dpo(home: str | Path, # has an instructed model and data/synthetic; ge
     with processes(device, cfg) as device:
         torch.manual_seed(cfg.seed)
         model, reference = load_model(base, device).train(), load_model(base, device)
-        key = sha256_of(base.read_bytes() + b"".join((folder / f"dpo_{split}.jsonl").read_bytes() for split in ("train", "val")))
-        train, val = (with_reference(out / f"reference_{split}.json", key, reference, read_pairs(folder / f"dpo_{split}.jsonl", tok, model.cfg.max_seq_len), cfg.batch_size)
-                      for split in ("train", "val"))
+        check_tokenizer(tok, model)
+        files = {split: folder / f"dpo_{split}.jsonl" for split in ("train", "val")}
+        pairs = {split: read_pairs(path, tok, model.cfg.max_seq_len) for split, path in files.items()}
+        key = sha256_of(b"".join(path.read_bytes() for path in (base, *files.values())))
+        train, val = (with_reference(out / f"reference_{split}.json", key, reference, pairs[split], cfg.batch_size) for split in files)
         if cfg.compile: model.hidden = torch.compile(model.hidden)
         batches = Examples(train, [len(pair.chosen[0]) for pair in train], cfg.batch_size, collate_pairs, cfg.seed)
         return fit(model, cfg, batches, dpo_objective(cfg), lambda model: score_pairs(model, val, cfg),
-                   out, key, fresh, sample, goal="dpo")
+                   out, key, fresh, sample and _watched(sample, sample(reference)), goal="dpo")
+
+def _watched(sample, before): # the same sample, which ends the training if it repeats itself as the reference's did not
+    def watch(model):
+        text = sample(model)
+        if repetition(text) > max(0.5, 2 * repetition(before)):
+            raise UserError(f"The sample repeats itself ({repetition(text):.0%} of its runs of four words): the model is collapsing, so training stopped, and ckpt_best.pt is as good as it was; lower dpo.lr or raise dpo.beta, and start with --fresh.")
+        return text
+    return watch
 
 def score_pairs(model: NanoMoE, pairs: list[Pair], cfg: DPOConfig) -> dict:
     "Loss, accuracy and rewards on held-out pairs: all, and the accuracy of each split apart. Raises `UserError` on a collapse."

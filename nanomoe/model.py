@@ -18,6 +18,7 @@ from .config import ModelConfig
 from .files import UserError
 from .linear import linear
 from .moe import MoE, Routing, expert_load, load_balance_loss, z_loss
+from .tokenizer import PAD
 
 # %% ../nbs/03_moe.ipynb #cce517b4
 @torch.library.custom_op("nanomoe::chunked_cross_entropy", mutates_args=())
@@ -135,17 +136,16 @@ class NanoMoE(nn.Module):
         "The losses, the load (L, E) of every expert, and each router's mean entropy (L,) in nats."
         h, routings = self.hidden(tokens)
         ce = chunked_cross_entropy(h.flatten(0, 1), self.embed.weight, targets.flatten())
-        extra, balance, z, load, entropy = self.routing_losses(routings)
+        extra, balance, z, load, entropy = self.routing_losses(routings, tokens.flatten() != PAD)
         return LossBreakdown(ce + extra, ce, balance, z), load, entropy
 
-    def routing_losses(self, routings: list[Routing]) -> tuple[Tensor, ...]:
+    def routing_losses(self, routings: list[Routing], counts: Tensor) -> tuple[Tensor, ...]: # counts (N,): which tokens are no padding
         "What the routers add to a loss; the balance loss and the z-loss it is made of; load (L, E) and entropy (L,)."
-        logits, probs = (torch.stack([getattr(r, name) for r in routings]) for name in ("logits", "probs"))  # (L, N, E)
-        load = _over_processes(torch.stack([expert_load(r.experts, self.cfg.num_experts) for r in routings])) # (L, E)
+        logits, probs, experts = (torch.stack([getattr(r, name)[counts] for r in routings]) for name in ("logits", "probs", "experts"))
+        load = _over_processes(torch.stack([expert_load(e, self.cfg.num_experts) for e in experts]))    # (L, E)
         balance, z = load_balance_loss(load, probs).mean(), z_loss(logits).mean()
-        coef = self.cfg.load_balance_coef if self.cfg.balance == "aux" else 0.0
         entropy = -(probs * probs.clamp(min=1e-9).log()).sum(-1).mean(-1).detach()
-        return coef * balance + self.cfg.z_coef * z, balance, z, load, entropy
+        return (self.cfg.balance == "aux") * self.cfg.load_balance_coef * balance + self.cfg.z_coef * z, balance, z, load, entropy
 
     def loss(self, tokens: Tensor, targets: Tensor) -> LossBreakdown: # (B, T) each
         "Cross-entropy and the routers' losses, as `LossBreakdown(total, ce, load_balance, z)`."

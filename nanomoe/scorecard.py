@@ -8,7 +8,7 @@ __all__ = ['STAGES', 'SLICES', 'judge_story', 'interval', 'judge_model', 'scorec
 # %% ../nbs/modules/00_scorecard.ipynb #scorecard-open
 # The code of this module is written in nbs/06_dpo.ipynb.
 
-# %% ../nbs/06_dpo.ipynb #1bb2ac7d
+# %% ../nbs/06_dpo.ipynb #8cc16b9e
 import json
 import math
 from pathlib import Path
@@ -25,7 +25,7 @@ from .synth import Seed, broken_rules, contains, load_prompt_seeds, repetition
 from .tokenizer import EOS, load_tokenizer
 from .train import evaluate
 
-# %% ../nbs/06_dpo.ipynb #c65b6bb2
+# %% ../nbs/06_dpo.ipynb #6b6fd87a
 def judge_story(story: str, seed: Seed, finished: bool) -> dict[str, float | bool]: # metric -> yes or no, or a share
     "What a story kept of its instruction."
     broken = broken_rules(story, seed)
@@ -41,9 +41,9 @@ def interval(values: list[float | bool]) -> dict: # mean, low, high, n
         centre, half = (mean + z * z / (2 * n)) / (1 + z * z / n), z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n)) / (1 + z * z / n)
         return {"mean": mean, "low": max(0.0, centre - half), "high": min(1.0, centre + half), "n": n}
     half = z * math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, n - 1) / n)
-    return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
+    return {"mean": mean, "low": max(0.0, mean - half), "high": min(1.0, mean + half), "n": n}      # shares, too
 
-# %% ../nbs/06_dpo.ipynb #108b88ea
+# %% ../nbs/06_dpo.ipynb #b8e4544a
 @torch.no_grad()
 def judge_model(generate, # `nanomoe.generate.generate`, which notebook 07 writes
                 model: NanoMoE, tok: Tokenizer, seeds: list[Seed],
@@ -73,6 +73,7 @@ def scorecard(generate, # as `judge_model` takes it
               prompts: int = 100, # held-out instructions, half of them about protagonists that training never asks for
               ) -> dict: # stage -> {"bpb": …, "seen": {"greedy": {metric: interval}, "sampled": …}, "unseen": …}
     "Every checkpoint of a home folder on the same held-out instructions, and on plain stories: what each step gave, and what it cost."
+    if prompts < 2: raise UserError("The scorecard needs at least two prompts, one for each kind of protagonist.")
     home, tok = Path(home), load_tokenizer(Path(home) / "tokenizer.json")
     seeds, shards = load_prompt_seeds(home), load_shards(home / "data" / "shards", tok)
     scores = {}
@@ -83,6 +84,7 @@ def scorecard(generate, # as `judge_model` takes it
         scores[stage] = {"bpb": evaluate(model, shards.val, shards.meta["splits"]["val"]["bytes"], 8, model.cfg.max_seq_len)["bpb"]}
         for name, split in SLICES.items():
             chosen = [seed for seed in seeds if seed.split == split][:prompts // 2]
+            if not chosen: raise UserError(f"prompt_seeds.jsonl holds no instruction for {split}: make it again with `nanomoe make-prompt-seeds`.")
             scores[stage][name] = {way: judge_model(generate, model, tok, chosen, temperature) for way, temperature in (("greedy", 0.0), ("sampled", 0.8))}
     if not scores: raise UserError(f"{home} holds no checkpoint yet: train one with `nanomoe run --home {home}`.")
     with write_atomically(home / "reports" / "scorecard.json", "w") as file: json.dump(scores, file, indent=1)

@@ -32,6 +32,7 @@ class Story:
     protagonist: str | None = None     # as it stands in the text: "Lily" or "brave teapot"
     theme: str | None = None           # one of THEMES
     phrases: tuple[str, ...] = ()      # short phrases that stand in the text, without the protagonist
+    pronoun: str | None = None         # of the protagonist: "she", "he" or "it"
 
 # %% ../nbs/01_data.ipynb #0b5da919
 THEMES = ("friendship", "kindness", "honesty", "courage", "curiosity",
@@ -185,7 +186,7 @@ def tell(i: int, seed=0, protagonist: str | None = None) -> Story:
     pal = next(pal for pal in pals if pal.pronoun != hero.pronoun and not {pal.name, pal.noun} & taken)
     text = perform(text, hero, pal, pick)
     phrases = dict.fromkeys(p for p in re.findall(r"\[(.*?)\]", text) if 1 <= p.count(" ") <= 2)
-    return Story(re.sub(r"[\[\]]", "", text), hero.name, theme, tuple(phrases)[:8])
+    return Story(re.sub(r"[\[\]]", "", text), hero.name, theme, tuple(phrases)[:8], hero.pronoun)
 
 def storybook(seed=0, n: int | None = None, start: int = 0) -> Iterator[Story]:
     "Stories start, start+1, … of a seed: n of them, or without end."

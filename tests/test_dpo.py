@@ -198,11 +198,9 @@ def test_a_story_without_the_protagonist_stays(case):
 def test_exchanging_by_hand(text, old, new, result): assert exchange(text, old, new) == result
 
 
-@pytest.mark.xfail(strict=True, reason="only the article before the whole name is mended: exchange('It was a teapot.', 'brave teapot', 'shy umbrella') says 'a umbrella'")
 def test_the_article_before_a_lone_noun_agrees(): assert exchange("It was a teapot.", "brave teapot", "shy umbrella") == "It was an umbrella."
 
 
-@pytest.mark.xfail(strict=True, reason="the filter finds 'brave teapot' across a line break and exchange does not: the adjective stays behind")
 def test_exchanging_reaches_across_line_breaks(): assert exchange("the brave\nteapot sang", "brave teapot", "shy drum").split() == "the shy drum sang".split()
 
 
@@ -254,7 +252,6 @@ def pronoun(hero):
     return "it" if hero.split()[-1] in words["things"] else "she or he"
 
 
-@pytest.mark.xfail(strict=True, reason="the commonest pronoun of a story is rarely its hero's: half of the named heroes get a stand-in of the other sex, a third of the others an animal for a thing or the reverse")
 def test_pronouns_agree(made):
     rows = [row for split in ("train", "val") for row in rows_of(made[0], split)]
     wrong = [(row["protagonist"], row["wrong"]) for row in rows if pronoun(row["protagonist"]) != pronoun(row["wrong"])]
@@ -379,7 +376,7 @@ def test_the_objective_is_its_formula(home, cfg):
     assert result.margin.item() == pytest.approx(margin.mean().item(), abs=1e-4) and result.accuracy.item() == (margin > 0).float().mean().item()
     assert result.chosen_reward.item() == pytest.approx(cfg.beta * (chosen - reference[:4]).mean().item(), abs=1e-4)
     assert result.rejected_reward.item() == pytest.approx(cfg.beta * (rejected - reference[4:]).mean().item(), abs=1e-4)
-    plain = (-(1 - cfg.label_smoothing) * margin.sigmoid().log() - cfg.label_smoothing * (-margin).sigmoid().log()).mean() - cfg.rpo_alpha * per_token + model.routing_losses(routings)[0]
+    plain = (-(1 - cfg.label_smoothing) * margin.sigmoid().log() - cfg.label_smoothing * (-margin).sigmoid().log()).mean() - cfg.rpo_alpha * per_token + model.routing_losses(routings, (tokens != 1).flatten())[0]
     assert result.total.item() == pytest.approx(plain.item(), abs=1e-4)
     ours, theirs = (torch.autograd.grad(total, list(model.parameters())) for total in (result.total, plain))
     for a, b in zip(ours, theirs): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
@@ -401,7 +398,6 @@ def test_the_first_step_loses_ln_2_and_the_margin_grows(home):
     assert not same(instructed(home).state_dict(), weights(home))
 
 
-@pytest.mark.xfail(strict=True, reason="an estimate of the KL divergence from the reference is asked for at every step, and nothing logs it")
 def test_the_divergence_is_logged(home):
     train_dpo(home, TINY)
     assert any("kl" in name for name in read_log(home / "artifacts" / "dpo" / "train_log.jsonl")[0])
@@ -421,7 +417,6 @@ def test_the_reference_is_kept_on_disk_until_something_changes(home, monkeypatch
     assert len(calls) == 6
 
 
-@pytest.mark.xfail(strict=True, reason="a reference file that is a list, or has fewer numbers than there are pairs, ends in AttributeError or ValueError instead of being computed again")
 @pytest.mark.parametrize("content", ["[]", '{"key": "a", "logps": []}', '{"key": "a"}'])
 def test_a_foreign_reference_file_is_computed_again(home, content):
     (home / "reference.json").write_text(content)
@@ -504,7 +499,6 @@ def test_a_missing_file_is_one_sentence(home, name):
     assert not (home / "artifacts" / "dpo").exists()
 
 
-@pytest.mark.xfail(strict=True, raises=FileNotFoundError, reason="the fingerprint reads the pairs before read_pairs can say that they are missing: FileNotFoundError")
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_missing_pairs_are_one_sentence(home, split):
     (home / "data" / "synthetic" / f"dpo_{split}.jsonl").unlink()

@@ -60,7 +60,6 @@ def test_a_part_of_a_word_is_not_the_word(word, more):
 def test_what_a_text_contains(text, phrase, there): assert contains(text, phrase) is there
 
 
-@pytest.mark.xfail(strict=True, reason="an LLM's curly apostrophe or its _emphasis_ hides a phrase: contains('Mother’s hat', \"mother's hat\") is False")
 @pytest.mark.parametrize("text, phrase", [("Mother’s hat", "mother's hat"), ("_Lily_ ran.", "Lily")])
 def test_typography_does_not_hide_a_phrase(text, phrase): assert contains(text, phrase)
 
@@ -76,12 +75,10 @@ def test_typography_does_not_hide_a_phrase(text, phrase): assert contains(text, 
 def test_how_many_sentences(text, count): assert count_sentences(text) == count
 
 
-@pytest.mark.xfail(strict=True, reason="a sentence that begins with an accented or non-Latin capital is not seen: count_sentences('He left. Éva came.') is 1")
 @pytest.mark.parametrize("text", ["He left. Éva came.", "It was late. Ödön slept.", "Он ушёл. Она пришла."])
 def test_sentences_begin_with_any_capital(text): assert count_sentences(text) == 2
 
 
-@pytest.mark.xfail(strict=True, reason="""speech that ends in ! or ? before a name is split: count_sentences('"Stop!" Tom shouted.') is 2""")
 def test_speech_before_a_name_is_one_sentence(): assert count_sentences('"Stop!" Tom shouted.') == 1
 
 
@@ -164,7 +161,6 @@ def test_an_instruction_says_everything():
 def test_articles(words, expected): assert article(words) == expected
 
 
-@pytest.mark.xfail(strict=True, reason="article('uninvited guest') is 'a': every word in uni- passes for a unicorn")
 def test_articles_of_words_in_un(): assert article("uninvited guest") == "an"
 
 
@@ -213,7 +209,6 @@ def test_validation_asks_for_what_training_never_does(many):
     assert len(heroes(unseen)) >= 30
 
 
-@pytest.mark.xfail(strict=True, reason="val_seen promises known protagonists; of 100 seeds beside 2,000 for training, only 65 % have one that training asks for")
 def test_seen_protagonists_have_been_seen(many):
     known = {seed.protagonist for seed in of(many[1], "train")}
     assert all(seed.protagonist in known for seed in of(many[1], "val_seen"))
@@ -257,7 +252,6 @@ def test_too_few_stories_are_said_in_one_sentence(tmp_path):
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.xfail(strict=True, raises=StopIteration, reason="a split without any story ends in StopIteration instead of a sentence")
 def test_no_stories_are_said_in_one_sentence(tmp_path):
     with pytest.raises(UserError): make_prompt_seeds(tmp_path, lambda split: iter(()), 5, 5)
 
@@ -287,7 +281,6 @@ def test_any_text_is_read(text):
     assert story.protagonist is None or contains(text, story.protagonist)
 
 
-@pytest.mark.xfail(strict=True, reason="the phrases of a hero without a name can be the hero: 'Use: little bear … Tell a story about a little bear.', and no stand-in can then keep the rules")
 def test_the_protagonist_is_no_phrase():
     text = "Once there was a little bear. The little bear was kind. He had a red ball."
     story = read_story(Story(text), frozenset(["little bear", "red ball"]))
@@ -353,12 +346,11 @@ def test_a_writer_that_fails_altogether_is_one_sentence_and_keeps_the_old_files(
     made = [replace(SEED, id=split, split=split) for split in ("train", "val")]
     make_sft_data(tmp_path, lambda seeds: ((seed, GOOD) for seed in seeds), made)
     folder = tmp_path / "data" / "synthetic"
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = {path.name: path.read_bytes() for path in folder.glob("sft_*")}
     with pytest.raises(UserError, match="No answer for train kept the rules"): make_sft_data(tmp_path, lambda seeds: ((seed, "No") for seed in seeds), made)
-    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert before == {path.name: path.read_bytes() for path in folder.glob("sft_*")}
 
 
-@pytest.mark.xfail(strict=True, reason="sft_train.jsonl is replaced before it is known that no answer for val is good: old and new files are then mixed, and the rejects are lost")
 def test_a_writer_that_fails_for_validation_keeps_the_old_files(tmp_path):
     made = [replace(SEED, id=split, split=split) for split in ("train", "val")]
     make_sft_data(tmp_path, lambda seeds: ((seed, GOOD) for seed in seeds), made)
@@ -416,13 +408,11 @@ def test_damage_is_reported_by_line_and_nothing_is_changed(tmp_path, damage):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.xfail(strict=True, reason="an id that is a list ends in `TypeError: unhashable type`, deep brackets in RecursionError")
 @pytest.mark.parametrize("line", [b'{"id": [1], "split": "train"}', b"[" * 200_000])
 def test_odd_lines_are_reported_too(tmp_path, line):
     with pytest.raises(UserError, match="line 6"): read_rows(written(tmp_path, lambda lines: [*lines[:5], line]), "id", "split")
 
 
-@pytest.mark.xfail(strict=True, reason="a value of the wrong kind in prompt_seeds.jsonl ends in a TypeError (or in phrases of one letter), not in a sentence")
 @pytest.mark.parametrize("key, value", [("required", None), ("banned", 5), ("required", "red kite"), ("min_sentences", "two")])
 def test_foreign_values_are_reported_too(tmp_path, key, value):
     write_rows(tmp_path / "data" / "synthetic" / "prompt_seeds.jsonl", [{**seed_row(SEED), key: value}])
@@ -434,7 +424,6 @@ def test_a_missing_file_names_the_command_that_makes_it(tmp_path, name, command)
     with pytest.raises(UserError, match=f"nanomoe {command}"): read_rows(tmp_path / f"{name}.jsonl")
 
 
-@pytest.mark.xfail(strict=True, raises=UnicodeEncodeError, reason="half a character in an answer (JSON knows them: \"\\ud83d\") stops the whole run with UnicodeEncodeError")
 def test_half_a_character_is_written_or_rejected(tmp_path):
     made = [replace(SEED, id=split, split=split) for split in ("train", "val")]
     make_sft_data(tmp_path, lambda seeds: ((seed, GOOD.replace("fine", "fine \ud83d")) for seed in seeds), made)
