@@ -25,7 +25,7 @@ from test_app import expected, made, save_model    # `made` is a fixture: a home
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the servers are stopped by a signal")
 SCRIPT = "<script>alert(1)</script>"
 WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
-MINUTES = 4 * 60_000    # milliseconds; generous, for a machine that is busy with something else
+PATIENCE = 90_000   # milliseconds, for a machine that is busy with something else
 
 # A server that also ends when this process dies: its standard input closes then.
 LEASH = "import os, sys, threading; threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start(); "
@@ -46,7 +46,7 @@ def serving(code, port, log, **popen):
     with open(log, "w") as file:
         server = subprocess.Popen([sys.executable, "-c", LEASH + code], stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT, **popen)
     try:
-        deadline = time.monotonic() + MINUTES / 1000
+        deadline = time.monotonic() + PATIENCE / 1000
         while not answers("127.0.0.1", port):
             assert server.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
@@ -75,7 +75,7 @@ def open_page(browser):
     pages, trouble = [], []
     def open(url, viewport=WIDE, scheme="light"):
         page = browser.new_context(viewport=viewport, color_scheme=scheme).new_page()
-        page.set_default_timeout(MINUTES)
+        page.set_default_timeout(PATIENCE)
         page.on("pageerror", lambda error: trouble.append(str(error)))
         page.on("dialog", lambda dialog: (trouble.append(f"dialog: {dialog.message}"), dialog.dismiss()))
         page.on("request", lambda request: trouble.append(request.url) if not re.match(r"data:|blob:|(http|ws)://127\.0\.0\.1:", request.url) else None)
@@ -133,7 +133,7 @@ def choose(page, label, option):
 def fits(page):
     "Nothing sticks out on the right, and nothing went wrong."
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    main = page.locator('[data-testid="stMain"]')
+    main = page.locator(".stMain")
     assert main.evaluate("e => e.scrollWidth <= e.clientWidth")
     assert page.locator('[data-testid="stException"]').count() == 0
 
@@ -191,12 +191,12 @@ def test_the_app_from_a_story_to_its_routing(open_page, url, made, name, look):
     token.hover()
     assert "layer 2" in tip(token) and "expert 3" in tip(token) and "weight" in tip(token)
     picture(page, f"{name}-7-routing")
-    handle = page.locator('[data-testid="stMain"] [role="slider"]')
+    handle = page.locator('.stMain [role="slider"], .stMain input[type="range"]')    # depends on the release
     handle.focus()
     handle.press("ArrowLeft")
     page.get_by_text("Layer 1; top expert").wait_for()
     settle(page)
-    choose(page, "Also read by", "sft")     # the pretrained model's answer came last in this turn
+    choose(page, "Also read by", "pretrain")
     assert page.locator(".nm-tokens").count() == 2
     page.get_by_text("to the same top expert").scroll_into_view_if_needed()
     picture(page, f"{name}-8-two-models")
@@ -260,13 +260,15 @@ def lab(root, tmp_path_factory):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(choice))
     options = ["--no-browser", "--allow-root", f"--port={port}", "--ip=127.0.0.1", "--IdentityProvider.token=", f"--ServerApp.root_dir={folder}"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "JUPYTERLAB_SETTINGS_DIR": str(settings), "JUPYTER_CONFIG_DIR": str(settings),
+    env = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}   # pytest and Streamlit want no figures shown; a lesson does
+    env |= {"OMP_NUM_THREADS": "1",
+           "JUPYTERLAB_SETTINGS_DIR": str(settings), "JUPYTER_CONFIG_DIR": str(settings),
            "JUPYTERLAB_WORKSPACES_DIR": str(settings / "workspaces"), "JUPYTER_RUNTIME_DIR": str(settings / "runtime"), "JUPYTER_PREFER_ENV_PATH": "1"}
     with serving(f"from jupyterlab.labapp import main; main({options!r})", port, folder.parent / "lab.log", cwd=folder, env=env) as url: yield url
 
 
 def run_all(page):
-    page.locator(".jp-Notebook .jp-Cell").first.wait_for()
+    page.wait_for_function("document.querySelectorAll('.jp-Notebook .jp-CodeCell').length > 30")    # it comes cell by cell
     page.wait_for_function("document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status == 'idle'")
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
@@ -282,7 +284,7 @@ def move(page, slider, key="ArrowRight"):
 
 def changed(page, locator, of, before):
     "Wait until `of`, a piece of JavaScript about the element e, gives something else."
-    for _ in range(MINUTES // 200):
+    for _ in range(PATIENCE // 200):
         page.wait_for_timeout(200)
         if locator.count() and locator.evaluate(f"e => {of}") != before: return True
     return False
