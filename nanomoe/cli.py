@@ -397,6 +397,14 @@ def llm_server(host: str = "127.0.0.1", port: int = 8080, context: Annotated[int
     serve_llm(host, port, model, context, parallel)
 
 
+@app.command("app")
+def serve_app(home: Home = Path("."), port: Annotated[int, typer.Option(min=1, max=65535)] = 8501,
+              host: Annotated[str, typer.Option(help="127.0.0.1 means that only this machine can open it.")] = "127.0.0.1"):
+    "The demo in a browser: stories, instructions, and where each token goes."
+    from nanomoe.app import run_app
+    run_app(home, port, host)
+
+
 @app.command()
 def make_plots(home: Home = Path("."), device: Device = "cpu"):
     "Draw everything there is to draw about a home folder into reports/figs/."
