@@ -179,15 +179,23 @@ def run(preset: PresetName = "laptop", stories: Stories = "storybook", home: Hom
 
 
 def _open_split(stories, chosen):
-    "The stories of a split, for reading instructions off them: what pretraining reads."
+    "The stories of a split, for reading instructions off them: those of pretraining. They are kept, since seeds and writers ask for the same ones."
     from nanomoe.stories import open_stories
-    cfg = chosen.train
-    return lambda split: open_stories(stories, split, cfg.stories if split == "train" else None, cfg.seed)
+    cfg, read = chosen.train, {}
+
+    def open_split(split):
+        kept, source = read.setdefault(split, ([], open_stories(stories, split, cfg.stories if split == "train" else None, cfg.seed)))
+        yield from kept
+        for story in source:
+            kept.append(story)
+            yield story
+
+    return open_split
 
 
-def _make_seeds(home, stories, chosen):
+def _make_seeds(home, open_split, chosen):
     from nanomoe.synth import make_prompt_seeds
-    seeds = make_prompt_seeds(home, _open_split(stories, chosen), chosen.sft.examples + chosen.dpo.examples, chosen.sft.val_examples, chosen.train.seed)
+    seeds = make_prompt_seeds(home, open_split, chosen.sft.examples + chosen.dpo.examples, chosen.sft.val_examples, chosen.train.seed)
     out.print(f"Instructions: {len(seeds):,}, in {home / 'data' / 'synthetic' / 'prompt_seeds.jsonl'}")
     return seeds
 
@@ -209,8 +217,9 @@ def _make_data(home, stories, chosen):
     "Instructions, answers and pairs, with a note of what they are made of."
     from nanomoe.dpo import exchanged_pairs, make_dpo_data
     from nanomoe.synth import corpus_writer, make_sft_data, write_rows
-    write = corpus_writer(_open_split(stories, chosen))
-    for_sft, for_dpo = _share_out(_make_seeds(home, stories, chosen), chosen)
+    open_split = _open_split(stories, chosen)
+    write = corpus_writer(open_split)
+    for_sft, for_dpo = _share_out(_make_seeds(home, open_split, chosen), chosen)
     _report("Answers", make_sft_data(home, write, for_sft))
     _report("Pairs", make_dpo_data(home, exchanged_pairs(write), for_dpo))
     write_rows(home / "data" / "synthetic" / "meta.jsonl", [{"source": _describe_synthetic(stories, chosen)}])
@@ -308,7 +317,8 @@ def pretrain(preset: PresetName = "laptop", home: Home = Path("."), seed: Seed =
 def make_prompt_seeds(preset: PresetName = "laptop", stories: Stories = "storybook", home: Home = Path("."), seed: Seed = 0, set: Settings = []):
     "Read instructions off the stories: protagonist, theme, phrases and length, for training and for two kinds of validation."
     _check_home(home)
-    _make_seeds(home, stories, _choose(preset, set, seed))
+    chosen = _choose(preset, set, seed)
+    _make_seeds(home, _open_split(stories, chosen), chosen)
 
 
 def _llm_options(model, concurrency, limit, timeout): return dict(model=model, concurrency=concurrency, limit=limit or None, timeout=timeout)
