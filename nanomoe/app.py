@@ -217,8 +217,8 @@ def settings(checkpoints: dict) -> tuple[list[str], dict]: # the checkpoints to 
 
 
 def stories_screen(home: Path, names: list[str], sampling: dict):
-    past, turns = st.container(), st.session_state.turns
-    if not turns: past.info("Write how a story begins, and the model goes on. Or let it begin by itself.")
+    hint, past, turns = st.empty(), st.container(), st.session_state.turns
+    if not turns: hint.info("Write how a story begins, and the model goes on. Or let it begin by itself.")
     begin = st.button("Let the model begin")
     seed = ask_for()
     compare_speeds(home, names[0])
@@ -228,6 +228,7 @@ def stories_screen(home: Path, names: list[str], sampling: dict):
         if not (begin or seed or prompt is not None): return
         turn = Turn(seed.instruction if seed else (prompt or "").strip(), seed, [Answer(name) for name in names])
         st.session_state.turns = [*turns, turn][-20:]
+        hint.empty()
         show_turn(turn, lambda turn, answer, show: write(home, turn, answer, sampling, show))
 
 
@@ -270,15 +271,14 @@ def show_routing(name, pieces, trace, layer):
     st.html(usage_html(trace))
 
 
-def usage_html(trace) -> str: # a bar for each layer; a figure with a panel for each is too small for a phone
+def usage_html(trace) -> str: # a row for each layer; a figure with a panel for each is too small for a phone
     "How the assignments spread over the experts."
-    rows = ""
+    even, rows = 1 / trace.probs.shape[-1], ""
     for layer, shares in enumerate(trace.usage.tolist()):
-        parts = (f'<span title="expert {e}: {share:.0%}" style="flex:{share} 1 0;overflow:hidden;white-space:nowrap;padding:2px 0 2px 3px;'
-                 f'background:{PALETTE[e % len(PALETTE)]}38;border-bottom:3px solid {PALETTE[e % len(PALETTE)]}">{e}<small> {share:.0%}</small></span>'
-                 for e, share in enumerate(shares))
-        rows += f'<div style="display:flex;gap:1px;margin-bottom:4px"><span style="width:4.2em;flex:none">layer {layer}</span>{"".join(parts)}</div>'
-    return f'<div class="usage" style="max-width:46em"><b>Share of each expert</b> ({1 / trace.probs.shape[-1]:.0%} if even){rows}</div>'
+        cells = (f'<span style="flex:1 0 3.4em">{e}<small> {share:.0%}</small><span style="display:block;height:6px;width:{min(50 * share / even, 100):.0f}%;'
+                 f'background:{PALETTE[e % len(PALETTE)]}"></span></span>' for e, share in enumerate(shares))
+        rows += f'<div style="display:flex;gap:4px;margin-top:6px"><span style="flex:none;width:4.2em">layer {layer}</span><span style="flex:1;display:flex;flex-wrap:wrap;gap:4px">{"".join(cells)}</span></div>'
+    return f'<div class="usage" style="max-width:46em"><b>Share of each expert</b> <small>half a bar is the even share, {even:.0%}</small>{rows}</div>'
 
 
 def main():
@@ -290,7 +290,7 @@ def main():
     st.subheader("Nano-MoE")
     if not checkpoints:
         st.info(f"There is no checkpoint in `{home}` yet. This command makes one, in some minutes; then reload this page:")
-        st.code(f"nanomoe run --home {shlex.quote(str(home))}", language="bash")
+        st.code(f"nanomoe run --home {shlex.quote(str(home))}", language="bash", wrap_lines=True)
         return st.markdown("Then you can have stories written here, compare checkpoints on the same prompt, measure what the KV cache saves, "
                            "and see which expert each token visits.")
     screen = st.radio("Screen", ["Stories", "Routing"], horizontal=True, label_visibility="collapsed")
