@@ -6,7 +6,7 @@
 __all__ = ['DRILLS_ALONE', 'prompt_ids', 'encode_example', 'pad_rows', 'Examples', 'encode_drill', 'make_drills', 'train_sft',
            'in_turn', 'check_tokenizer', 'score_answers']
 
-# %% ../nbs/05_sft.ipynb #6352a3f3
+# %% ../nbs/05_sft.ipynb #8b3e90c4
 import random
 from itertools import cycle, islice
 from pathlib import Path
@@ -23,7 +23,7 @@ from .synth import Seed, find_phrase, read_rows
 from .tokenizer import BOS, EOS, PAD, load_tokenizer
 from .train import fit, processes
 
-# %% ../nbs/05_sft.ipynb #46571da8
+# %% ../nbs/05_sft.ipynb #fea922e5
 def prompt_ids(tok: Tokenizer, instruction: str) -> list[int]: # [BOS], the instruction, an empty line
     return [BOS, *tok.encode(instruction + "\n\n").ids]
 
@@ -38,7 +38,7 @@ def pad_rows(rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]: 
     fill = lambda values, with_: values + [with_] * (longest - len(values))
     return torch.tensor([fill(tokens, PAD) for tokens, _ in rows]), torch.tensor([fill(labels, IGNORE) for _, labels in rows])
 
-# %% ../nbs/05_sft.ipynb #ba0fff29
+# %% ../nbs/05_sft.ipynb #df12a489
 class Examples:
     "Batches of examples of similar length; each epoch in another order."
     def __init__(self, rows: list, # what collate takes
@@ -65,7 +65,7 @@ class Examples:
         epoch, i = divmod(step, self.per_epoch)
         return self.collate([self.rows[j] for j in self._batches(epoch)[i][rank::world]])
 
-# %% ../nbs/05_sft.ipynb #19dcc073
+# %% ../nbs/05_sft.ipynb #fe0e32b3
 def encode_drill(tok: Tokenizer, instruction: str, story: str, protagonist: str) -> tuple[list[int], list[int]]: # tokens and labels
     "An example that ends with the first mention of the protagonist, and predicts nothing else."
     first = find_phrase(story, protagonist)
@@ -78,7 +78,7 @@ def make_drills(tok: Tokenizer, rows: list[dict], # rows of sft_train.jsonl
     "The beginnings of answers, with nothing to learn but whom they are about."
     return [encode_drill(tok, row["instruction"], row["response"], row["protagonist"]) for row in islice(cycle(rows), n)]
 
-# %% ../nbs/05_sft.ipynb #80147fa3
+# %% ../nbs/05_sft.ipynb #d7fcce2c
 def train_sft(home: str | Path, # has a pretrained model and data/synthetic; gets artifacts/sft
               chosen: Preset,
               device: str = "cpu", # "cpu", "cuda" or "mps"

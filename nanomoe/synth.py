@@ -8,7 +8,7 @@ __all__ = ['RULES', 'MAX_WORDS', 'MAX_REPETITION', 'HELD_OUT_PROTAGONISTS', 'HEL
 # %% ../nbs/modules/00_synth.ipynb #synth-open
 # The code of this module is written in nbs/05_sft.ipynb.
 
-# %% ../nbs/05_sft.ipynb #46bf1544
+# %% ../nbs/05_sft.ipynb #79658b56
 import json
 import random
 import re
@@ -22,7 +22,7 @@ from pathlib import Path
 from .files import UserError, write_atomically
 from .stories import THEMES, Story
 
-# %% ../nbs/05_sft.ipynb #8b4f5f3f
+# %% ../nbs/05_sft.ipynb #254808fe
 @dataclass(frozen=True)
 class Seed:
     "What one story is asked to be."
@@ -47,7 +47,7 @@ class Seed:
 def article(words: str) -> str: # "a" or "an"
     return "an" if re.match(r"(?!uni[^nm]|use|usu|eu|one|once)[aeiou]|hour|honest|heir", words, re.I) else "a"
 
-# %% ../nbs/05_sft.ipynb #7e01de8b
+# %% ../nbs/05_sft.ipynb #2648ec94
 _PLAIN = str.maketrans("’‘“”_*", "''\"\"  ")        # curly quotes and _emphasis_ hide no words; every character stays one
 
 def find_phrase(text: str, phrase: str) -> re.Match | None:
@@ -71,14 +71,14 @@ def count_sentences(text: str) -> int:
         count += not goes_on
     return count + (re.search(r"""[.!?…]["')]*$""", text) is None and text != "")
 
-# %% ../nbs/05_sft.ipynb #5955ad97
+# %% ../nbs/05_sft.ipynb #f5ffdbfc
 def repetition(text: str, n: int = 4) -> float: # 0 if every run of n words is new
     "The share of a text's runs of `n` words that have occurred before in it."
     words = re.findall(r"\w+", text.lower())
     runs = [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
-# %% ../nbs/05_sft.ipynb #1eaf1b9f
+# %% ../nbs/05_sft.ipynb #a46db817
 RULES = ("empty", "too_long", "wrong_sentence_count", "missing_required", "contains_banned", "missing_protagonist", "unfinished", "repeats_itself")
 MAX_WORDS = 350         # more would not fit into a context of 512 tokens together with its instruction
 MAX_REPETITION = 0.15   # share of repeated runs of four words
@@ -97,7 +97,7 @@ def broken_rules(story: str, seed: Seed) -> list[str]: # some of RULES, in their
         "repeats_itself": repetition(story) > MAX_REPETITION}
     return [rule for rule in RULES if broken[rule]]
 
-# %% ../nbs/05_sft.ipynb #d9c6e742
+# %% ../nbs/05_sft.ipynb #a89c1186
 _NOT_NAMES = set("I Mom Mommy Mum Mummy Dad Daddy Grandma Grandpa Mr Mrs Miss God Christmas Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split())
 _SMALL = set("the a an and or but so to of in on at by for with from into over up down out off it its he him his she her they them their we us our you your "
              "i me my is was are were be been had has have did do does not no yes all very too that this there then as if when what who how one named called said asked went will can could would should more each other much many some".split())
@@ -133,14 +133,14 @@ def frequent_pairs(texts: Iterable[str], times: int = 5) -> frozenset[str]:
     counts = Counter(pair for text in texts for pair in set(pairs_of_words(text)))
     return frozenset(pair for pair, count in counts.items() if count >= times)
 
-# %% ../nbs/05_sft.ipynb #ee6bf3fd
+# %% ../nbs/05_sft.ipynb #0b3298a2
 def is_held_out(words: str, share: float) -> bool:
     "Whether a protagonist or a phrase is kept for validation; its last word decides, so that no teapot is in both."
     return zlib.crc32(words.split()[-1].lower().encode()) % 1000 < 1000 * share
 
 HELD_OUT_PROTAGONISTS, HELD_OUT_PHRASES = 0.2, 0.35
 
-# %% ../nbs/05_sft.ipynb #2f6303e5
+# %% ../nbs/05_sft.ipynb #100cc941
 def make_seeds(stories: Iterable[Story], split: str, n: int, seed: int = 0,
                among=None, # protagonists to choose from; None takes all
               ) -> Iterator[tuple[Seed, str]]:
@@ -164,7 +164,7 @@ def make_seeds(stories: Iterable[Story], split: str, n: int, seed: int = 0,
         made += 1
         yield made_seed, story.text
 
-# %% ../nbs/05_sft.ipynb #7f6becd5
+# %% ../nbs/05_sft.ipynb #69cd99b5
 def exchange(text: str, old: str, new: str) -> str: # both are names, or both are an adjective and a noun
     "The same story about somebody else."
     def put(match):
@@ -176,7 +176,7 @@ def exchange(text: str, old: str, new: str) -> str: # both are names, or both ar
     words = "|".join(map(re.escape, {new.split()[0], new.split()[-1]}))
     return re.sub(rf"\b([Aa])n? (?=({words})\b)", lambda match: match[1] + article(match[2])[1:] + " ", text)
 
-# %% ../nbs/05_sft.ipynb #c6816da0
+# %% ../nbs/05_sft.ipynb #45a3527e
 def write_rows(path: str | Path, rows: Iterable[dict]):
     "Write a JSONL file, whole or not at all."
     with write_atomically(path, "w") as file:
@@ -210,7 +210,7 @@ def seed_from(row: dict) -> Seed: # UserError for values of another kind
         raise UserError(f"The instruction {values['id']} has a value of the wrong kind: make it again with `nanomoe make-prompt-seeds`.")
     return Seed(**values)
 
-# %% ../nbs/05_sft.ipynb #162d1ccb
+# %% ../nbs/05_sft.ipynb #453e0057
 _SEED_KEYS = tuple(Seed.__dataclass_fields__)
 
 def make_prompt_seeds(home: str | Path, # gets data/synthetic/prompt_seeds.jsonl
@@ -222,7 +222,9 @@ def make_prompt_seeds(home: str | Path, # gets data/synthetic/prompt_seeds.jsonl
     def stories(split):
         frequent = frozenset()
         first = next(iter(open_split(split)), None)
-        if first and not first.protagonist: frequent = frequent_pairs(story.text for story in islice(open_split("train"), 5000))
+        if first and not first.protagonist:
+            texts = [story.text for story in islice(open_split("train"), 5000)]
+            frequent = frequent_pairs(texts, max(2, min(5, len(texts) // 500)))
         return (read_story(story, frequent) for story in open_split(split))
     half, seeds, known = val_examples // 2, [], None
     for split, source, n in (("train", "train", examples), ("val_seen", "val", half), ("val", "val", val_examples - half)):
@@ -236,7 +238,7 @@ def make_prompt_seeds(home: str | Path, # gets data/synthetic/prompt_seeds.jsonl
 def load_prompt_seeds(home: str | Path) -> list[Seed]:
     return [seed_from(row) for row in read_rows(Path(home) / "data" / "synthetic" / "prompt_seeds.jsonl", *_SEED_KEYS)]
 
-# %% ../nbs/05_sft.ipynb #e77f0c64
+# %% ../nbs/05_sft.ipynb #0ca8e2f5
 def corpus_writer(open_split): # open_split("train" | "val") -> the stories that the seeds were read off
     "A writer that turns the corpus around: it knows the perfect answer to each seed, at once and offline."
     def write(seeds):

@@ -20,7 +20,8 @@ from nanomoe.files import UserError
 ROOT = Path(__file__).resolve().parents[1]
 TINYSTORIES = ROOT.parent / "shared" / "tinystories"
 TINY = ["--preset", "smoke", "--device", "cpu", "--set", "d_model=16", "--set", "n_heads=2", "--set", "n_kv_heads=1", "--set", "d_ff=16", "--set", "vocab_size=400",
-        "--set", "stories=150", "--set", "val_stories=20", "--set", "tokens=20480", "--set", "tokenizer_stories=150"]
+        "--set", "stories=150", "--set", "val_stories=20", "--set", "tokens=20480", "--set", "tokenizer_stories=150", "--set", "max_seq_len=1100",
+        "--set", "sft.examples=16", "--set", "sft.val_examples=4", "--set", "dpo.examples=8"]
 
 
 def nanomoe(*words, env={}, **more):
@@ -42,13 +43,14 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "home"
     done = nanomoe("run", "--home", folder, *TINY)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Story ") == 3 and "bits per byte" in done.stdout and "Next: " in done.stdout
+    assert done.stdout.count("Tell a story about") >= 2 and "unseen protagonists, sampled" in done.stdout and "bits per byte" in done.stdout and "Next: " in done.stdout
     return folder
 
 
 def test_a_run_leaves_what_it_should(home):
-    names = "tokenizer.json data/shards/train.bin data/shards/val.bin data/shards/meta.json reports/figs/pretrain_training_summary.png".split()
-    for name in (*names, *(f"artifacts/pretraining/{n}" for n in "ckpt_best.pt ckpt_last.pt train_log.jsonl val_log.jsonl config.json".split())):
+    names = "tokenizer.json data/shards/train.bin data/shards/val.bin data/shards/meta.json reports/figs/pretrain_training_summary.png reports/scorecard.json reports/figs/scorecard.png".split()
+    names += [f"data/synthetic/{name}.jsonl" for name in ("prompt_seeds", "sft_train", "sft_val", "dpo_train", "dpo_val")]
+    for name in (*names, *(f"artifacts/{stage}/{n}" for stage in ("pretraining", "sft", "dpo") for n in "ckpt_best.pt ckpt_last.pt train_log.jsonl val_log.jsonl config.json".split())):
         assert (home / name).stat().st_size > 0, name
     assert not list(home.rglob("*.tmp"))
 
