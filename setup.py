@@ -27,7 +27,7 @@ setup(
         *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
     ],
     packages=find_packages(include=["nanomoe", "nanomoe.*"]),
-    package_data={"nanomoe": ["storybook/*"]},
+    package_data={"nanomoe": ["storybook/*", ".streamlit/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = {p.relative_to(ROOT).as_posix() for p in [*(ROOT / "nanomoe").glob("*.py"), *(ROOT / "nanomoe" / "storybook").iterdir()]}
+FILES = {p.relative_to(ROOT).as_posix() for p in [*(ROOT / "nanomoe").glob("*.py"), *(ROOT / "nanomoe" / "storybook").iterdir(), *(ROOT / "nanomoe" / ".streamlit").iterdir()]}
 
 
 @pytest.fixture(scope="module")
