@@ -274,7 +274,7 @@ def run_all(page):
     page.get_by_text("Run All Cells", exact=True).click()
     errors = '[data-mime-type="application/vnd.jupyter.error"], [data-mime-type="application/vnd.jupyter.stderr"]'
     page.wait_for_function("""errors => document.querySelector(errors) || [...document.querySelectorAll('.jp-CodeCell')]
-                              .every(cell => /\\d/.test(cell.querySelector('.jp-InputPrompt').textContent))""", arg=errors)
+                              .every(cell => /\\d/.test(cell.querySelector('.jp-InputPrompt').textContent))""", arg=errors, timeout=6 * PATIENCE)      # a lesson trains a model, which takes a minute where nothing else runs
     assert page.locator(errors).all_inner_texts() == []
 
 
