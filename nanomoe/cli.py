@@ -439,10 +439,10 @@ def generate(prompt: Annotated[str, typer.Argument(help="How the story begins; n
         raise UserError("--temperature takes 0 or a number from 0.001 up, and --repetition-penalty one from 0.1 up.")
     device, path = _pick_device(device), _find_checkpoint(home, checkpoint)
     from nanomoe.checkpoint import load_model
+    from nanomoe.sft import check_tokenizer
     from nanomoe.tokenizer import load_tokenizer
     model, tok = load_model(path, device), load_tokenizer(home / "tokenizer.json")
-    if model.cfg.vocab_size != tok.get_vocab_size():
-        raise UserError(f"{path} knows {model.cfg.vocab_size:,} tokens and {home / 'tokenizer.json'} has {tok.get_vocab_size():,}: give the --home that the model was trained in.")
+    check_tokenizer(tok, model)
     sampling = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k or None, top_p=top_p, min_p=min_p or None,
                     repetition_penalty=repetition_penalty, seed=seed, use_cache=cache)
     if not chat: return _tell(model, tok, prompt, sampling)

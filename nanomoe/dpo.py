@@ -9,9 +9,7 @@ __all__ = ['MAX_DROP', 'stand_ins', 'exchanged_pairs', 'asked_pairs', 'make_dpo_
 
 # %% ../nbs/06_dpo.ipynb #5b861c6d
 import json
-import math
 import random
-import re
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path

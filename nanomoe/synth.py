@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 
 from .files import UserError, write_atomically
-from .stories import THEMES, Story
+from .stories import Story
 
 # %% ../nbs/05_sft.ipynb #254808fe
 @dataclass(frozen=True)
@@ -204,9 +204,11 @@ def seed_row(seed: Seed) -> dict: return {**asdict(seed), "instruction": seed.in
 
 def seed_from(row: dict) -> Seed: # UserError for values of another kind
     values = {name: tuple(row[name]) if isinstance(row[name], list) else row[name] for name in Seed.__dataclass_fields__}
-    words = [values["protagonist"], values["theme"], values["pronoun"], *(values["required"] if isinstance(values["required"], tuple) else [0]), *(values["banned"] if isinstance(values["banned"], tuple) else [0])]
+    phrases = [values["required"], values["banned"]]
+    lists = all(isinstance(each, tuple) for each in phrases)
+    words = [values["protagonist"], values["theme"], values["pronoun"]] + [word for each in phrases if lists for word in each]
     numbers = [values["min_sentences"], values["max_sentences"], values["story"]]
-    if not all(isinstance(word, str) for word in words) or not all(type(number) is int for number in numbers):
+    if not (lists and all(isinstance(word, str) for word in words) and all(type(number) is int for number in numbers)):
         raise UserError(f"The instruction {values['id']} has a value of the wrong kind: make it again with `nanomoe make-prompt-seeds`.")
     return Seed(**values)
 
