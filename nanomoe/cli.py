@@ -4,24 +4,27 @@
 - A `UserError` is printed as its one sentence, with exit status 1; a stopped run exits with 130.
 - `run` skips what an earlier run has finished, so that the same command goes on after a kill.
 """
-import errno
-import math
-import os
-import re
-import shlex
-import signal
-import statistics
-import sys
-import time
-from pathlib import Path
-from typing import Annotated
+try:
+    import errno
+    import json
+    import math
+    import os
+    import shlex
+    import signal
+    import statistics
+    import sys
+    import time
+    from contextlib import nullcontext
+    from pathlib import Path
+    from typing import Annotated
 
-import typer
-from rich.console import Console
-from rich.table import Table
+    import typer
+    from rich.console import Console
+    from rich.table import Table
 
-from nanomoe.config import Preset, override, preset
-from nanomoe.files import UserError, sha256_of
+    from nanomoe.config import Preset, override, preset
+    from nanomoe.files import UserError, alone_in, is_out_of_memory, sha256_of
+except KeyboardInterrupt: raise SystemExit(130) from None     # `main`, which says "Stopped.", is not there yet
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
                   help="Build, train and look inside a small mixture-of-experts language model. Start with `nanomoe run`.")
@@ -73,6 +76,11 @@ def _check_home(home):
     if not writable: raise UserError(f"Cannot write into {home}: name a folder that you may write to with --home.")
 
 
+def _alone(home):
+    "While a command writes, no other may write into the same home; under torchrun the first process holds it for all."
+    return nullcontext() if int(os.environ.get("RANK", 0)) else alone_in(home, shlex.join(["nanomoe", *sys.argv[1:]]))
+
+
 def _check_memory(cfg):
     "Refuse a model that cannot be trained here before any work is done for it."
     attention = 2 * cfg.d_model ** 2 + 2 * cfg.d_model * cfg.n_kv_heads * cfg.head_dim
@@ -120,6 +128,14 @@ def _shards_are_right(home, stories, chosen):
     return meta["source"] == _describe(stories, chosen)
 
 
+def _made_of(home, stories, chosen):
+    "Whether the home's data are made of what is asked for: then what is damaged in them can be made again, the same."
+    path = home / "data" / "shards" / "meta.json"
+    if not path.is_file(): return False
+    try: return json.loads(path.read_bytes())["source"] == _describe(stories, chosen)
+    except (ValueError, KeyError, TypeError): raise UserError(f"{path} is damaged: run `nanomoe prepare-data` to write the shards again.") from None
+
+
 def _pretrain(home, chosen, device, fresh):
     from nanomoe.generate import tell_story
     from nanomoe.tokenizer import load_tokenizer
@@ -159,8 +175,18 @@ def run(preset: PresetName = "laptop", stories: Stories = "storybook", home: Hom
     chosen = _choose(preset, set, seed, compile, device)
     _check_memory(chosen.model)
     _check_home(home)
+    with _alone(home): _run(home, stories, chosen, device, fresh)
+    out.print(f"\nDone in {time.perf_counter() - started:.0f} s. In {home.resolve()}:")
+    out.print("  tokenizer.json, data/                        what the models read\n"
+              "  artifacts/{pretraining,sft,dpo}/             checkpoints and logs\n"
+              "  reports/                                     how the training went, and the scorecard")
+    out.print(f'Next: `nanomoe generate "Once upon a time"{_at(home)}`, `nanomoe app{_at(home)}`, or a longer training: `nanomoe run --preset full --home full-run`.')
+
+
+def _run(home, stories, chosen, device, fresh):
+    "The steps, each of which finds out what an earlier run has left to do."
     right = _shards_are_right(home, stories, chosen)
-    if not fresh and not right and (home / "artifacts" / "pretraining" / "ckpt_last.pt").exists():
+    if not fresh and not right and (home / "artifacts" / "pretraining" / "ckpt_last.pt").exists() and not _made_of(home, stories, chosen):
         raise UserError(f"{home} holds a model trained on other stories or with other settings: give those again, add --fresh to replace it, or use another --home.")
     if fresh or not right:
         _write_shards(home, stories, chosen, _train_tokenizer(home, stories, chosen))
@@ -171,11 +197,6 @@ def run(preset: PresetName = "laptop", stories: Stories = "storybook", home: Hom
     for stage in ("sft", "dpo"): _tune(stage, home, chosen, device, fresh)
     _judge(home, device, chosen.sft.val_examples)
     _tell_some(home, chosen, device)
-    out.print(f"\nDone in {time.perf_counter() - started:.0f} s. In {home.resolve()}:")
-    out.print("  tokenizer.json, data/                        what the models read\n"
-              "  artifacts/{pretraining,sft,dpo}/             checkpoints and logs\n"
-              "  reports/                                     how the training went, and the scorecard")
-    out.print(f'Next: `nanomoe generate "Once upon a time"{_at(home)}`, `nanomoe app{_at(home)}`, or a longer training: `nanomoe run --preset full --home full-run`.')
 
 
 def _open_split(stories, chosen):
@@ -293,14 +314,14 @@ def tokenizer(preset: PresetName = "laptop", stories: Stories = "storybook", hom
     "Train the byte-level BPE tokenizer on the first stories, and write tokenizer.json."
     chosen = _choose(preset, set, seed)
     _check_home(home)
-    _train_tokenizer(home, stories, chosen)
+    with _alone(home): _train_tokenizer(home, stories, chosen)
 
 
 @app.command()
 def prepare_data(preset: PresetName = "laptop", stories: Stories = "storybook", home: Home = Path("."), seed: Seed = 0, set: Settings = []):
     "Write the stories as tokens into data/shards, with the tokenizer that is there."
     from nanomoe.tokenizer import load_tokenizer
-    _write_shards(home, stories, _choose(preset, set, seed), load_tokenizer(home / "tokenizer.json"))
+    with _alone(home): _write_shards(home, stories, _choose(preset, set, seed), load_tokenizer(home / "tokenizer.json"))
 
 
 @app.command()
@@ -310,7 +331,7 @@ def pretrain(preset: PresetName = "laptop", home: Home = Path("."), seed: Seed =
     device = _pick_device(device)
     chosen = _choose(preset, set, seed, compile, device)
     _check_memory(chosen.model)
-    _pretrain(home, chosen, device, fresh)
+    with _alone(home): _pretrain(home, chosen, device, fresh)
 
 
 @app.command()
@@ -318,7 +339,7 @@ def make_prompt_seeds(preset: PresetName = "laptop", stories: Stories = "storybo
     "Read instructions off the stories: protagonist, theme, phrases and length, for training and for two kinds of validation."
     _check_home(home)
     chosen = _choose(preset, set, seed)
-    _make_seeds(home, _open_split(stories, chosen), chosen)
+    with _alone(home): _make_seeds(home, _open_split(stories, chosen), chosen)
 
 
 def _llm_options(model, concurrency, limit, timeout): return dict(model=model, concurrency=concurrency, limit=limit or None, timeout=timeout)
@@ -345,7 +366,7 @@ def make_sft_data(preset: PresetName = "laptop", stories: Stories = "storybook",
         out.print(f"{cost['requests']:,} requests, about {cost['prompt_tokens']:,} prompt tokens, at most {cost['answer_tokens']:,} answer tokens: {cost['cost']:.2f} at these prices, for the first attempt")
         return
     write = corpus_writer(_open_split(stories, chosen)) if writer == "corpus" else llm_writer(answers, attempts, **_llm_options(model, concurrency, 0, timeout))
-    _report("Answers", make_sft_data(home, write, seeds))
+    with _alone(home): _report("Answers", make_sft_data(home, write, seeds))
 
 
 def _check_writer(writer):
@@ -365,7 +386,7 @@ def train_sft(preset: PresetName = "laptop", home: Home = Path("."), seed: Seed 
               fresh: Fresh = False, compile: Compile = False, set: Settings = []):
     "Tune the pretrained model on instructions; goes on where it stopped."
     device = _pick_device(device)
-    _tune("sft", home, _choose(preset, set, seed, compile, device, "sft"), device, fresh)
+    with _alone(home): _tune("sft", home, _choose(preset, set, seed, compile, device, "sft"), device, fresh)
 
 
 @app.command()
@@ -381,7 +402,7 @@ def make_dpo_data(preset: PresetName = "laptop", stories: Stories = "storybook",
     if limit: seeds = _some_of(seeds, limit)
     answers = home / "data" / "synthetic" / "dpo_answers.jsonl"
     pairs = exchanged_pairs(corpus_writer(_open_split(stories, chosen))) if writer == "corpus" else asked_pairs(llm_writer(answers, attempts, **_llm_options(model, concurrency, 0, timeout)))
-    _report("Pairs", make_dpo_data(home, pairs, seeds))
+    with _alone(home): _report("Pairs", make_dpo_data(home, pairs, seeds))
 
 
 @app.command()
@@ -389,7 +410,41 @@ def train_dpo(preset: PresetName = "laptop", home: Home = Path("."), seed: Seed 
               fresh: Fresh = False, compile: Compile = False, set: Settings = []):
     "Tune the instructed model on pairs; goes on where it stopped."
     device = _pick_device(device)
-    _tune("dpo", home, _choose(preset, set, seed, compile, device, "dpo"), device, fresh)
+    with _alone(home): _tune("dpo", home, _choose(preset, set, seed, compile, device, "dpo"), device, fresh)
+
+
+@app.command()
+def lab(preset: PresetName = "laptop", stories: Stories = "storybook", home: Home = Path("."), seed: Seed = 0, device: Device = "auto",
+        baselines: Annotated[bool, typer.Option("--baselines", help="Our mixture beside dense models instead: with equal tokens, and with equal time.")] = False,
+        fresh: Fresh = False, set: Settings = []):
+    "The same budget, one thing changed: how the load is balanced, how many experts a token visits, with and without a shared one. Goes on where it stopped."
+    from nanomoe import lab
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1: raise UserError("The lab is one process: start it without torchrun.")
+    device = _pick_device(device)
+    chosen = _choose(preset, ["tokens=150_000", "evals=1", *set], seed, device=device)
+    variants = lab.baselines(chosen) if baselines else lab.router_variants(chosen)
+    for variant in variants: _check_memory(variant.preset.model)
+    _check_home(home)
+    _have_shards(home, stories, chosen)
+    out.print("Speed: all variants in turns, a step each")
+    speeds, report = lab.race(home, variants, device, fresh=fresh), "lab_baselines" if baselines else "lab"
+    if baselines: variants += lab.same_time(variants, speeds)
+    rows = lab.run_lab(home, variants, speeds, report, device, fresh, out.print)
+    table = Table(title=f"{chosen.train.tokens:,} training tokens, the whole validation split", title_justify="left")
+    for name in (lines := lab.readable(rows))[0]: table.add_column(name, justify="left" if name in ("variant", "experts") else "right", overflow="fold")
+    for i, line in enumerate(lines): table.add_row(*line.values(), end_section=i + 1 < len(rows) and rows[i + 1]["group"] != rows[i]["group"])
+    out.print(table)
+    if not baselines: _save_figure(lab.lab_figure(rows), home / "reports" / "figs" / "lab.png")
+    out.print(f"In {home / 'reports' / report}.json" + ("" if baselines else f" and {home / 'reports' / 'figs' / 'lab.png'}"))
+
+
+def _have_shards(home, stories, chosen):
+    "The shards that the home has, whatever they are made of; if it has none, new ones."
+    from nanomoe.data import load_shards
+    from nanomoe.tokenizer import load_tokenizer
+    shards, tokenizer = home / "data" / "shards", home / "tokenizer.json"
+    if not (shards / "meta.json").exists(): _write_shards(home, stories, chosen, load_tokenizer(tokenizer) if tokenizer.exists() else _train_tokenizer(home, stories, chosen))
+    out.print(f"Stories: {load_shards(shards, load_tokenizer(tokenizer)).meta['source']}")
 
 
 @app.command("scorecard")
@@ -438,8 +493,7 @@ def generate(prompt: Annotated[str, typer.Argument(help="How the story begins; n
     if not math.isfinite(temperature + repetition_penalty) or 0 < temperature < 0.001:
         raise UserError("--temperature takes 0 or a number from 0.001 up, and --repetition-penalty one from 0.1 up.")
     device, path = _pick_device(device), _find_checkpoint(home, checkpoint)
-    from nanomoe.checkpoint import load_model
-    from nanomoe.sft import check_tokenizer
+    from nanomoe.checkpoint import check_tokenizer, load_model
     from nanomoe.tokenizer import load_tokenizer
     model, tok = load_model(path, device), load_tokenizer(home / "tokenizer.json")
     check_tokenizer(tok, model)
@@ -590,14 +644,14 @@ def import_hf(folder: Annotated[Path, typer.Argument(help="A folder that `nanomo
     "Make a home folder of an exported model, without a bit lost."
     from nanomoe.export import import_hf
     _check_home(home)
-    import_hf(folder, home)
+    with _alone(home): import_hf(folder, home)
     out.print(f"Back in {home.resolve()}: `nanomoe generate{_at(home)}`")
 
 
 def main():
     "Run the command line: a user's mistake is one sentence on standard error and exit status 1."
     sys.stdout.reconfigure(errors="replace")    # a letter that the terminal cannot show is no reason to stop
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))      # Typer would say "Aborted!" or nothing, depending on its version
+    for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, lambda *_: sys.exit(130))      # Typer would say "Aborted!" or nothing, depending on its version
     try: app()
     except SystemExit as end:
         if end.code == 130: print("\nStopped.", file=sys.stderr)
@@ -610,7 +664,7 @@ def main():
         if error.errno not in (errno.ENOSPC, errno.EDQUOT): raise
         _leave("Error: The disk is full: free some space, and the same command goes on from what was saved.", 1)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory|Storage size", str(error)): raise
+        if not is_out_of_memory(error): raise
         _leave("Error: The memory does not suffice: choose a smaller model, or a smaller batch with `--set batch_size=1`.", 1)
 
 
