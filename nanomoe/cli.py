@@ -425,6 +425,11 @@ def lab(preset: PresetName = "laptop", stories: Stories = "storybook", home: Hom
     variants = lab.baselines(chosen) if baselines else lab.router_variants(chosen)
     for variant in variants: _check_memory(variant.preset.model)
     _check_home(home)
+    with _alone(home): _lab(home, stories, chosen, variants, baselines, device, fresh)
+
+
+def _lab(home, stories, chosen, variants, baselines, device, fresh):
+    from nanomoe import lab
     _have_shards(home, stories, chosen)
     out.print("Speed: all variants in turns, a step each")
     speeds, report = lab.race(home, variants, device, fresh=fresh), "lab_baselines" if baselines else "lab"

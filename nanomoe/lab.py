@@ -172,7 +172,8 @@ def run_lab(home: str | Path, # has tokenizer.json and data/shards; gets reports
     rows = []
     for i, variant in enumerate(variants):
         say(f"{i + 1} of {len(variants)}: {variant.name} ({variant.experts})")
-        rows.append({**train_variant(home, variant, device, fresh), "tokens_per_s": round(speeds[variant.name], 1)})
+        again = fresh and all(variant.preset != earlier.preset for earlier in variants[:i])     # one that stands in two groups is trained once
+        rows.append({**train_variant(home, variant, device, again), "tokens_per_s": round(speeds[variant.name], 1)})
         with write_atomically(Path(home) / "reports" / f"{report}.json", "w") as file:
             json.dump({"source": _open(home).meta["source"], "device": device, "threads": torch.get_num_threads(),
                        "model": asdict(variants[0].preset.model), "train": asdict(variants[0].preset.train), "rows": rows}, file, indent=1)

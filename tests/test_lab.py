@@ -123,7 +123,7 @@ def test_examine_agrees_with_evaluate_and_sees_a_dead_expert(shards_home):
     assert lab.examine(model, shards, SMALL.train)["entropy"] == pytest.approx(2.0)
 
 
-def test_other_settings_are_other_runs_and_fresh_forgets(shards_home):
+def test_other_settings_are_other_runs_and_fresh_forgets(shards_home, monkeypatch):
     variant = lab.router_variants(SMALL)[0]
     first = lab.train_variant(shards_home, variant)
     before = stamps(shards_home)
@@ -132,6 +132,10 @@ def test_other_settings_are_other_runs_and_fresh_forgets(shards_home):
     assert lab.train_variant(shards_home, longer)["tokens"] == 2048 and len(stamps(shards_home)) == len(before) + 1
     assert lab.train_variant(shards_home, variant, fresh=True) == first
     assert stamps(shards_home) != before
+    twice, runs, fit = lab.baselines(SMALL)[:1] * 2, [], lab.fit
+    monkeypatch.setattr(lab, "fit", lambda *words: runs.append(1) or fit(*words))
+    lab.run_lab(shards_home, twice, {"mixture": 1.0}, fresh=True, say=lambda name: None)
+    assert len(runs) == 1, "what stands in two groups is trained once"
 
 
 def test_a_stopped_variant_goes_on(shards_home, monkeypatch):
