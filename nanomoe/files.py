@@ -101,8 +101,7 @@ def alone_in(folder, # one that is not there yet needs no lock
         yield
         return
     try: file = open(path, "ab+", buffering=0)
-    except OSError as error:
-        raise UserError(f"Cannot write into {folder} ({error.strerror}): name a folder that you may write to with --home.") from error
+    except OSError as error: raise UserError(f"Cannot write into {folder}: {_REASONS.get(error.errno, error.strerror)}.") from error
     with file:
         try: _lock(file)
         except OSError as error:
