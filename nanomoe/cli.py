@@ -417,7 +417,7 @@ def train_dpo(preset: PresetName = "laptop", home: Home = Path("."), seed: Seed 
 def lab(preset: PresetName = "laptop", stories: Stories = "storybook", home: Home = Path("."), seed: Seed = 0, device: Device = "auto",
         baselines: Annotated[bool, typer.Option("--baselines", help="Our mixture beside dense models instead: with equal tokens, and with equal time.")] = False,
         fresh: Fresh = False, set: Settings = []):
-    "The same budget, one thing changed: how the load is balanced, how many experts a token visits, with and without a shared one. Goes on where it stopped."
+    "The same budget (150,000 tokens, or what `--set tokens=` says), one thing changed: how the load is balanced, how many experts a token visits, with and without a shared one. Goes on where it stopped."
     from nanomoe import lab
     if int(os.environ.get("WORLD_SIZE", 1)) > 1: raise UserError("The lab is one process: start it without torchrun.")
     device = _pick_device(device)
@@ -473,6 +473,22 @@ def serve_app(home: Home = Path("."), port: Annotated[int, typer.Option(min=1, m
     "The demo in a browser: stories, instructions, and where each token goes."
     from nanomoe.app import run_app
     run_app(home, port, host)
+
+
+@app.command()
+def docs_preview(port: Annotated[int, typer.Option(min=1, max=65535)] = 4200,
+                 open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True):
+    "A preview of the course's site, in a clone of the repository, without Quarto. The real site has more: other addresses, figures described in words, a link to Colab."
+    if not all(Path(name).is_file() for name in ("settings.ini", "_quarto.yml", "nbs/index.ipynb")):
+        raise UserError("The site is made of the notebooks: run this in a clone of the repository, in the folder that holds settings.ini.")
+    try:
+        from nbdev.quarto import refresh_quarto_yml
+        from nbdev.serve import proc_nbs
+        from smalldocs.serve import preview
+    except ImportError: raise UserError("The preview needs nbdev and smalldocs, which needs Python 3.11 or newer: run `pip install -e '.[dev]'`.") from None
+    refresh_quarto_yml()
+    proc_nbs(n_workers=0)
+    if preview(Path("_proc"), host="127.0.0.1", port=port, open_browser=open_browser): raise UserError(f"The preview did not start: if port {port} is in use, choose another with --port.")
 
 
 @app.command()

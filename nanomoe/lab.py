@@ -176,8 +176,10 @@ def run_lab(home: str | Path, # has tokenizer.json and data/shards; gets reports
         rows.append({**train_variant(home, variant, device, again), "tokens_per_s": round(speeds[variant.name], 1)})
         with write_atomically(Path(home) / "reports" / f"{report}.json", "w") as file:
             json.dump({"source": _open(home).meta["source"], "device": device, "threads": torch.get_num_threads(),
-                       "model": asdict(variants[0].preset.model), "train": asdict(variants[0].preset.train), "rows": rows}, file, indent=1)
+                       "model": _in_common([v.preset.model for v in variants]), "train": _in_common([v.preset.train for v in variants]), "rows": rows}, file, indent=1)
     return rows
+
+def _in_common(configs): return {name: value for name, value in asdict(configs[0]).items() if all(getattr(config, name) == value for config in configs)}
 
 # %% ../nbs/04b_lab.ipynb #6a6fa934
 def readable(rows: list[dict]) -> list[dict[str, str]]: # column -> text, for each row
@@ -206,6 +208,7 @@ def lab_text(rows: list[dict]) -> str: # lines of equal width
 def lab_figure(rows: list[dict]): # -> matplotlib Figure
     "Bits per byte, load, entropy and speed of every variant, side by side. Bands are as wide as the difference between two seeds."
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
     colours = {"balance": "#0072B2", "who decides": "#009E73", "less work": "#D55E00"}
     figure = Figure(figsize=(10, 0.9 + 0.27 * len(rows)), layout="constrained")
     loss, load, entropy, speed = axes = figure.subplots(1, 4, sharey=True, width_ratios=[1.4, 1, 0.8, 0.9])
@@ -225,12 +228,14 @@ def lab_figure(rows: list[dict]): # -> matplotlib Figure
     load.axvline(1, color="#666666", lw=0.8, ls=":")
     loss.set_yticks(range(len(rows)), [f"{row['variant']}  ({row['experts']})" for row in rows], fontsize=9)
     loss.set(xlabel="whole validation split", ylim=(len(rows) - 0.5, -0.5)), loss.margins(x=0.2)
-    load.set(xlabel="least and most, 1 = fair", xlim=(0, None)), entropy.set(xlabel="1 = no opinion", xlim=(0, 1)), speed.set(xlabel="training", xlim=(0, None))
+    load.set(xlabel="least and most, 1 = fair", xlim=(0, None)), entropy.set(xlabel="1 = no opinion", xlim=(0, 1))
+    speed.set(xlabel="training", xlim=(0, 1.1 * max(row["tokens_per_s"] for row in rows))), speed.xaxis.set_major_formatter(EngFormatter())
     for ax, title in zip(axes, ("Bits per byte", "Load of an expert", "Router's entropy", "Tokens per second")):
         ax.set_title(title, loc="left", fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)
         ax.spines[["left", "bottom"]].set_linewidth(0.6)
         ax.tick_params(width=0.6, labelsize=9)
+        ax.locator_params(axis="x", nbins=4)
     return figure
 
 # %% ../nbs/04b_lab.ipynb #f3f6ea71
