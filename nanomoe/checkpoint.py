@@ -34,7 +34,12 @@ def save_checkpoint(path: str | Path, # ends in .pt, or in .safetensors for weig
         if path.suffix == ".safetensors":
             text = json.dumps(config)
             file.write(safetensors.torch.save(weights, {"config": text, "sha256": _fingerprint(text, weights), "vocabulary": vocabulary or ""}))
-        else: torch.save({"config": config, "model": weights, "vocabulary": vocabulary, **state}, file)
+        else: _save_pt({"config": config, "model": weights, "vocabulary": vocabulary, **state}, file)
+
+def _save_pt(content, file):
+    try: torch.save(content, file)
+    except RuntimeError as error:   # it closes its archive even on a full disk, and then speaks of that alone
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error)
 
 def _fingerprint(config, weights): # safetensors has no checksum of its own
     tensors = (weights[name].cpu().contiguous().view(torch.uint8).numpy().tobytes() for name in sorted(weights))
