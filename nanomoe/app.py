@@ -17,7 +17,7 @@ from pathlib import Path
 import streamlit as st
 import torch
 
-from nanomoe.checkpoint import load_model
+from nanomoe.checkpoint import check_tokenizer, load_model
 from nanomoe.files import UserError
 from nanomoe.generate import encode_prompt, stream
 from nanomoe.routing import trace_routing
@@ -66,9 +66,7 @@ def _tokenizer(path, time, size): return load_tokenizer(path)
 
 def load(home: Path, name: str): # -> (model, tokenizer), which everybody shares: only read them
     model, tok = _model(*edition(checkpoint_path(home, name))), _tokenizer(*edition(home / "tokenizer.json"))
-    if model.cfg.vocab_size != tok.get_vocab_size():
-        raise UserError(f"The checkpoint {name} knows {model.cfg.vocab_size:,} tokens and {home / 'tokenizer.json'} has {tok.get_vocab_size():,}: "
-                        "put back the tokenizer that it was trained with.")
+    check_tokenizer(tok, model)
     if _other_tokenizer(home / "data" / "shards" / "meta.json", tok):
         raise UserError(f"{home / 'tokenizer.json'} is not the tokenizer that the stories in {home / 'data'} were written with: put that one back.")
     return model, tok

@@ -235,7 +235,7 @@ def test_a_broken_checkpoint_is_one_sentence_and_the_others_work(home):
     assert len(at.error) == 2 and not at.exception
 
 
-@pytest.mark.parametrize("what, says", [("size", "put back the tokenizer"), ("other", "not the tokenizer"), ("missing", "no tokenizer"), ("broken", "not a readable tokenizer")])
+@pytest.mark.parametrize("what, says", [("size", "give the home that the model was trained in"), ("other", "not the tokenizer"), ("missing", "no tokenizer"), ("broken", "not a readable tokenizer")])
 def test_a_tokenizer_that_does_not_belong_is_one_sentence(home, what, says):
     other = train_tokenizer((story.text for story in storybook(9, 200)), CFG.vocab_size - 1 if what == "size" else CFG.vocab_size)
     if what == "other":
