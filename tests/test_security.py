@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from forks import KEY, ROOT, TINY, nanomoe, start
@@ -23,7 +23,8 @@ from nanomoe.checkpoint import load_checkpoint, load_model
 from nanomoe.config import Preset, override, preset
 from nanomoe.export import export_hf, import_hf
 from nanomoe.files import UserError
-from nanomoe.synth import Seed, load_prompt_seeds, read_rows, seed_from, seed_row
+from nanomoe.stories import storybook
+from nanomoe.synth import Seed, load_prompt_seeds, read_rows, seed_row
 from nanomoe.tokenizer import load_tokenizer, train_tokenizer
 from nanomoe.train import Log, read_log
 from test_llm import LEAKY, completion, server      # noqa: F401, a fixture
@@ -36,12 +37,12 @@ WITHOUT_DEVICE = [*TINY[:2], *TINY[4:]]
 def finished(tmp_path_factory):
     "A home made of stories whose words are paths, by a run that may not write outside of it."
     folder = tmp_path_factory.mktemp("hostile")
-    with open(folder / "stories.jsonl", "w") as file:
-        for i in range(240):
-            text = (f"Once there was a girl named ../../outside{i % 7}. Lily went to /tmp/outside and saw a red ball. \"{{home}} $HOME `id` ~/outside!\" said Lily. "
-                    f"The blue bird {i} took the ../../outside and Lily was happy. They played with the red ball. Lily and the bird went home.")
-            file.write(json.dumps({"text": text}) + "\n")
-    done = nanomoe("run", "--home", folder / "home", "--stories", folder / "stories.jsonl", *TINY, accident=watched(folder / "home"), folder=folder)
+    (folder / "stories").mkdir()
+    for name, start_at, n in (("train", 0, 250), ("validation", 250, 200)):
+        with open(folder / "stories" / f"{name}.jsonl", "w") as file:
+            for i, story in enumerate(storybook(n=n, start=start_at)):
+                file.write(json.dumps({"text": f"{story.text} The sign said ../../outside{i % 7} and /tmp/outside and ~/outside and $HOME and `id`."}) + "\n")
+    done = nanomoe("run", "--home", folder / "home", "--stories", folder / "stories", *TINY, "--set", "sft.val_examples=16", accident=watched(folder / "home"), folder=folder)
     assert done.status == 0 and "OUTSIDE" not in done.err, done
     return folder / "home"
 
@@ -55,11 +56,12 @@ def home(finished, tmp_path):
 def watched(*allowed):
     "An accident that names each file that is opened for writing, made, moved or removed anywhere else."
     return f"""
-allowed = {[str(path) for path in allowed]} + ["/dev/"]
+import tempfile
+allowed = {[str(path) for path in allowed]} + ["/dev/", os.path.join(tempfile.gettempdir(), "tmp")]     # the reader of stories keeps its notes there
 def watch(event, args):
     writes = event == "open" and (args[1] and set(args[1]) & set("wax+") or (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
     changes = event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.chmod", "os.truncate")
-    if not (writes or changes) or isinstance(args[0], int): return
+    if not (writes or changes) or isinstance(args[0], int) or event in ("os.remove", "os.rmdir") and args[1] != -1: return     # the last: inside of a folder that is removed
     paths = [os.path.abspath(os.fsdecode(path)) for path in args[:2 if event in ("os.rename", "os.link", "os.symlink") else 1]]
     for path in paths:
         if not path.startswith(tuple(allowed)): os.write(2, f"OUTSIDE {{event}} {{path}}\\n".encode())
@@ -90,7 +92,6 @@ PICKLES = {"a checkpoint": lambda good, trap: torch_bytes({**good, "config": tra
 def test_a_planted_pickle_is_never_run(home, tmp_path, kind):
     last = home / "artifacts" / "pretraining" / "ckpt_last.pt"
     planted = PICKLES[kind](load_checkpoint(last), Trap(tmp_path / "sprung"))
-    pickle.loads(pickle.dumps(Trap(tmp_path / "works"))) if kind == "a bare pickle" else None
     exported = export_hf(home / "artifacts" / "dpo" / "ckpt_best.pt", home / "tokenizer.json", tmp_path / "exported")
     for name in ("bad.pt", "bad.safetensors"):
         (tmp_path / name).write_bytes(planted)
@@ -105,7 +106,9 @@ def test_a_planted_pickle_is_never_run(home, tmp_path, kind):
     for words in (["pretrain", *TINY], ["generate"], ["scorecard", "--device", "cpu"], ["export", "gguf", tmp_path / "x.gguf"]):
         done = nanomoe(*words, "--home", home)
         assert done.status == 1 and done.err.startswith("Error: ") and done.err.count("\n") == 1, done
-    assert not (tmp_path / "sprung").exists() and (tmp_path / "works").exists() == (kind == "a bare pickle")     # the trap is a real one
+    assert not (tmp_path / "sprung").exists()
+    pickle.loads(pickle.dumps(Trap(tmp_path / "sprung")))
+    assert (tmp_path / "sprung").exists()       # the trap is a real one
 
 
 def test_the_source_has_no_way_to_run_what_it_reads():
@@ -124,18 +127,17 @@ def test_the_source_has_no_way_to_run_what_it_reads():
 # ---- no path leaves the home
 
 @linux
-def test_no_seed_and_no_prompt_names_a_file(home, tmp_path):
+def test_no_seed_and_no_prompt_names_a_file(finished, home, tmp_path):
     path = home / "data" / "synthetic" / "prompt_seeds.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for i, row in enumerate(rows): row |= {"id": f"../../../outside{i}", "theme": "/tmp/outside"}
     rows[0]["split"] = "../../../outside"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    stories = home.parent / "stories.jsonl"
-    shutil.copy(Path(home).parent / "stories.jsonl", stories) if stories.exists() else stories.write_text('{"text": "One. Lily ran."}\n' * 200)
+    stories = finished.parent / "stories"
     for words in (["make-sft-data", "--stories", stories, *WITHOUT_DEVICE], ["make-dpo-data", "--stories", stories, *WITHOUT_DEVICE], ["scorecard", "--device", "cpu", "--prompts", 2],
                   ["generate", "../../../outside/../x\n/tmp/outside"]):
         done = nanomoe(*words, "--home", home, accident=watched(home), folder=tmp_path)
-        assert done.status in (0, 1) and "OUTSIDE" not in done.err and "Traceback" not in done.err, done
+        assert done.status == 0 and "OUTSIDE" not in done.err and "Traceback" not in done.err, done
 
 
 @linux
@@ -246,6 +248,7 @@ def test_any_seed_is_an_instruction_or_a_sentence(tmp_path_factory, changes):
     path = home / "data" / "synthetic" / "prompt_seeds.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**GOOD, **changes}) + "\n")
+    assume(changes.get("protagonist") != "")
     try: (seed,) = load_prompt_seeds(home)
     except UserError as error: assert "\n" not in str(error)
     else:
