@@ -106,11 +106,20 @@ def alone_in(folder, # one that is not there yet needs no lock
         try: _lock(file)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK): raise UserError(_who_has(folder, path)) from None
+        if not _is_at(path, file):      # who had it before us has removed it just now
+            with alone_in(folder, command): yield
+            return
         with suppress(OSError):     # a full disk
             file.truncate(0)
             file.write(json.dumps([os.getpid(), command[:200], f"{datetime.now():%Y-%m-%d %H:%M}"]).encode())
         try: yield
-        finally: file.truncate(0)
+        finally:
+            file.truncate(0)
+            with suppress(OSError): path.unlink()       # Windows removes no open file
+
+def _is_at(path, file):
+    try: return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError: return False
 
 def _who_has(folder, path):
     try: pid, command, since = json.loads(path.read_bytes())
