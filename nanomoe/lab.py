@@ -91,19 +91,22 @@ def race(home: str | Path, # has tokenizer.json and data/shards
          device: str = "cpu",
          rounds: int = 10, # timed steps of each; one more warms up
          fresh: bool = False, # measure again
-        ) -> dict[str, float]: # training tokens per second of each, by its name
+        ) -> dict[str, float]: # training tokens per second of each, by its name; on a CPU, of one thread
     "Train all variants in turns, a step each; the fastest step counts."
     shards = _open(home)
     path = Path(home) / "artifacts" / "lab" / f"race-{_key([v.preset for v in variants], rounds, shards, device)}.json"
     if path.is_file() and not fresh: return _read(path)
     seconds = {variant.name: [] for variant in variants}
     with processes(device, variants[0].preset.train) as device:
+        clock, threads = time.process_time if device.type == "cpu" else time.perf_counter, torch.get_num_threads()
+        torch.set_num_threads(1)    # or the processor's time would count each thread
         runners = [_runner(variant, shards, device) for variant in variants]
         for step in range(rounds + 1):
             for name, run in zip(seconds, runners):
-                start = time.perf_counter()
+                start = clock()
                 tokens = run(step)
-                if step: seconds[name].append((time.perf_counter() - start) / tokens)
+                if step: seconds[name].append((clock() - start) / tokens)
+        torch.set_num_threads(threads)
     speeds = {name: 1 / min(each) for name, each in seconds.items()}
     with write_atomically(path, "w") as file: json.dump(speeds, file, indent=1)
     return speeds
@@ -142,10 +145,10 @@ def train_variant(home: str | Path, # has tokenizer.json and data/shards; gets a
                  ) -> dict: # a row of the lab's table, but for the speed
     "Train one variant and examine it; what is finished is only read, what was stopped goes on."
     chosen, shards = variant.preset, _open(home)
-    words = re.findall(r"\w+", variant.name)
-    folder = Path(home) / "artifacts" / "lab" / f"{'-'.join(words)}-{_key([chosen], shards, device)}"
+    lab, words, key = Path(home) / "artifacts" / "lab", re.findall(r"\w+", variant.name), _key([chosen], shards, device)
+    folder = next(lab.glob(f"*-{key}"), lab / "-".join([*words, key]))      # the same training may have had another name
     if fresh: shutil.rmtree(folder, ignore_errors=True)
-    if (folder / "result.json").is_file(): return {**_read(folder / "result.json"), "group": variant.group}
+    if (folder / "result.json").is_file(): return {**_read(folder / "result.json"), "group": variant.group, "variant": variant.name}
     cfg = chosen.train
     with processes(device, cfg) as device:
         torch.manual_seed(cfg.seed)

@@ -136,6 +136,8 @@ def test_other_settings_are_other_runs_and_fresh_forgets(shards_home, monkeypatc
     monkeypatch.setattr(lab, "fit", lambda *words: runs.append(1) or fit(*words))
     lab.run_lab(shards_home, twice, {"mixture": 1.0}, fresh=True, say=lambda name: None)
     assert len(runs) == 1, "what stands in two groups is trained once"
+    monkeypatch.setattr(lab, "fit", None)
+    assert lab.train_variant(shards_home, lab.router_variants(SMALL)[2])["variant"] == "auxiliary + z", "the mixture, by another name"
 
 
 def test_a_stopped_variant_goes_on(shards_home, monkeypatch):
