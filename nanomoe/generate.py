@@ -48,10 +48,24 @@ def penalize(logits: Tensor, # (B, V)
     return logits.scatter(-1, seen, torch.where(old > 0, old / penalty, old * penalty))
 
 # %% ../nbs/07_kv_cache.ipynb #check-prompts
-def _check_prompts(lengths, room):
+def _check(lengths, room, temperature, penalty):
     if not lengths: raise UserError("There is no prompt: give at least one.")
     if not min(lengths): raise UserError("The prompt is empty: it needs at least one token, for instance [BOS].")
     if max(lengths) > room: raise UserError(f"The prompt has {max(lengths)} tokens and the model's context holds {room}: shorten it.")
+    if temperature < 0 or penalty <= 0: raise UserError("The temperature must be 0 or more, and the repetition penalty more than 0.")
+
+def _random_numbers(count, seed, device): # a source for each row, so that a row draws what it would draw alone
+    sources = [torch.Generator(device) for _ in range(count)]
+    for i, source in enumerate(sources): source.manual_seed(seed + i) if seed is not None else source.seed()
+    return sources
+
+def _draw(logits, sources, temperature, *cut): # (B, V) -> (B,); a source that is None draws nothing
+    token = logits.argmax(-1)
+    if temperature == 0: return token
+    probs = keep_likely(logits / temperature, *cut).softmax(-1)
+    for i, source in enumerate(sources):
+        if source: token[i] = torch.multinomial(probs[i], 1, generator=source)
+    return token
 
 # %% ../nbs/07_kv_cache.ipynb #21d75493
 Prompts = Tensor | list[Tensor]     # (B, T) int64; or B tensors (T,), whose lengths may differ
@@ -69,24 +83,17 @@ def stream(model: NanoMoE,
           ) -> Iterator[Tensor]: # (B,) the next token of every row: its prompt's own as long as it has one
     "Tokens as they are drawn. The generator's return value says why each row ended: \"stop\", \"length\" or \"context\"."
     lengths, room = [len(row) for row in prompt_ids], model.cfg.max_seq_len
-    _check_prompts(lengths, room)
-    if temperature < 0 or repetition_penalty <= 0: raise UserError("The temperature must be 0 or more, and the repetition penalty more than 0.")
+    _check(lengths, room, temperature, repetition_penalty)
     shortest, longest = min(lengths), max(lengths)
     prompts = nn.utils.rnn.pad_sequence(list(prompt_ids), batch_first=True)     # (B, longest)
-    generators = [torch.Generator(prompts.device) for _ in lengths]
-    for i, generator in enumerate(generators): generator.manual_seed(seed + i) if seed is not None else generator.seed()
-    weight, reasons = model.embed.weight, ["length"] * len(lengths)
+    sources, reasons, weight = _random_numbers(len(lengths), seed, prompts.device), ["length"] * len(lengths), model.embed.weight
     cache = KVCache(model.cfg, len(lengths), min(room, longest + max_new_tokens), weight.device, weight.dtype) if use_cache else None
     fresh = tokens = prompts[:, :shortest]
     for position in range(shortest, longest + max_new_tokens):
         writes = [length <= position < length + max_new_tokens for length in lengths]
         logits = model.head(model.hidden(fresh if use_cache else tokens, cache)[0][:, -1]).float()
         if repetition_penalty != 1: logits = penalize(logits, tokens, repetition_penalty)
-        token = logits.argmax(-1)
-        if temperature > 0:
-            probs = keep_likely(logits / temperature, top_k, top_p, min_p).softmax(-1)
-            for i, generator in enumerate(generators):
-                if writes[i]: token[i] = torch.multinomial(probs[i], 1, generator=generator)
+        token = _draw(logits, [source if write else None for source, write in zip(sources, writes)], temperature, top_k, top_p, min_p)
         for i, length in enumerate(lengths):
             if position < length: token[i] = prompts[i, position]
             elif reasons[i] == "stop": token[i] = eos_id
@@ -96,7 +103,7 @@ def stream(model: NanoMoE,
         if all(done): break
         if position == room: return ["context" if not ended else reason for ended, reason in zip(done, reasons)]
         fresh = token[:, None]
-        tokens = torch.cat((tokens, fresh), dim=1)
+        if repetition_penalty != 1 or not use_cache: tokens = torch.cat((tokens, fresh), dim=1)
     return reasons
 
 # %% ../nbs/07_kv_cache.ipynb #b4a69565

@@ -70,8 +70,7 @@ def _grouped_swiglu_backward(dy: Tensor, x: Tensor, gate_up: Tensor, down: Tenso
     return dx, d_gate_up, d_down
 
 @_grouped_swiglu.register_fake
-def _(x, gate_up, down, load):
-    return torch.empty_like(x), x.new_empty(len(x), down.shape[2]), x.new_empty(len(x), down.shape[2])
+def _(x, gate_up, down, load): return torch.empty_like(x), x.new_empty(len(x), down.shape[2]), x.new_empty(len(x), down.shape[2])
 
 @_grouped_swiglu_backward.register_fake
 def _(dy, x, gate_up, down, load, gates, ups): return torch.empty_like(x), torch.empty_like(gate_up), torch.empty_like(down)
@@ -110,18 +109,23 @@ class MoE(nn.Module):
         with torch.autocast(x.device.type, enabled=False):              # near-ties are decided in float32, always
             logits = F.linear(tokens.float(), self.router.weight.float())
         routing = route(logits, self.top_k, self.bias)
-        if few(tokens):     # nothing needs sorting, and experts that nobody chose are left alone
-            y = swiglu(tokens, self.shared_gate_up[0], self.shared_down[0]) if self.has_shared else torch.zeros_like(tokens)
-            for e in set(routing.experts.flatten().tolist()):
-                token, place = (routing.experts == e).nonzero(as_tuple=True)
-                y.index_add_(0, token, (swiglu(tokens[token], self.gate_up[e], self.down[e]) * routing.weights[token, place, None]).to(y.dtype))
-            return y.view(x.shape), routing
+        return (self.for_few if few(tokens) else self.for_many)(tokens, routing).reshape(x.shape), routing
+
+    def for_many(self, tokens: Tensor, routing: Routing) -> Tensor: # (N, D) -> (N, D)
+        "As training does it: one product for each expert."
         order = routing.experts.flatten().argsort(stable=True)          # (N * K,) assignments sorted by expert
         token = order // self.top_k                                     # whose assignment each is
         y = grouped_swiglu(tokens[token], self.gate_up, self.down, expert_load(routing.experts, len(self.gate_up))) * routing.weights.flatten()[order, None]
-        out = torch.zeros_like(y[:len(tokens)]) if not self.has_shared else grouped_swiglu(
-            tokens, self.shared_gate_up, self.shared_down, torch.tensor([len(tokens)]))
-        return out.index_add(0, token, y.to(out.dtype)).view(x.shape), routing
+        out = grouped_swiglu(tokens, self.shared_gate_up, self.shared_down, torch.tensor([len(tokens)])) if self.has_shared else torch.zeros_like(tokens)
+        return out.index_add(0, token, y.to(out.dtype))
+
+    def for_few(self, tokens: Tensor, routing: Routing) -> Tensor: # (N, D) -> (N, D)
+        "As decoding does it: one product for all experts. Nothing is sorted, and no weight is copied."
+        first, *others = sorted(set(routing.experts.flatten().tolist()))
+        some = slice(first, max(others, default=first) + 1, others[0] - first if len(others) == 1 else 1)
+        share = tokens.new_zeros(len(tokens), len(self.gate_up)).scatter_(1, routing.experts, routing.weights.to(tokens.dtype))
+        y = (swiglu(tokens[None], self.gate_up[some], self.down[some]) * share.T[some, :, None]).sum(0)     # (N, D)
+        return y + swiglu(tokens[None], self.shared_gate_up, self.shared_down)[0] if self.has_shared else y
 
 # %% ../nbs/03_moe.ipynb #726ffb13
 def load_balance_loss(load: Tensor, # (..., E) assignments of each expert

@@ -9,15 +9,7 @@ from torch.nn import functional as F
 from nanomoe.attention import Attention, KVCache, RMSNorm, causal_mask, rope_angles, rotate
 from nanomoe.config import ModelConfig
 from nanomoe.files import UserError
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Tensors this small are not worth a second thread, least of all on a busy machine."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from threads import one_thread     # a fixture, at work in every test of this file
 
 
 @st.composite

@@ -11,16 +11,9 @@ from nanomoe.config import ModelConfig, preset
 from nanomoe.files import UserError
 from nanomoe.model import IGNORE, Block, LossBreakdown, NanoMoE, chunked_cross_entropy
 from nanomoe.tokenizer import EOS, PAD
+from threads import one_thread     # a fixture, at work in every test of this file
 
 SMALL = dict(vocab_size=40, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=12, max_seq_len=24)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def random_model(seed=0, **changes):

@@ -6,16 +6,9 @@ from torch.nn import functional as F
 
 from nanomoe.config import ModelConfig
 from nanomoe.moe import MoE, expert_load, grouped_swiglu, load_balance_loss, route, z_loss
+from threads import one_thread     # a fixture, at work in every test of this file
 
 EXPERTS = st.integers(1, 8).flatmap(lambda E: st.tuples(st.just(E), st.integers(1, E)))    # (E, K), K <= E
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def layer(seed=0, **changes):
@@ -184,6 +177,37 @@ def test_the_layer_is_its_definition(shape, shared, balance, seed):
     y, routing = moe(x)
     torch.testing.assert_close(y, by_definition(moe, x).float(), atol=1e-5, rtol=1e-4)
     assert routing.experts.shape == (14, K)
+
+
+@given(EXPERTS, st.integers(1, 9), st.integers(0, 2), st.sampled_from(["aux", "bias"]), st.integers(0, 999))
+def test_few_tokens_without_gradients_meet_the_same_layer(shape, N, shared, balance, seed):
+    "Decoding takes a way of its own for up to eight tokens, and slices the experts that were chosen."
+    E, K = shape
+    moe, x = layer(seed, num_experts=E, top_k=K, num_shared_experts=shared, balance=balance), torch.randn(N, 1, 12)
+    with torch.no_grad(): quick, routing = moe(x)
+    torch.testing.assert_close(quick, by_definition(moe, x).float(), atol=1e-5, rtol=1e-4)
+    assert quick.shape == x.shape and torch.equal(routing.experts, moe(x)[1].experts)
+
+
+@pytest.mark.parametrize("N", [1, 8])
+def test_an_expert_that_nobody_chose_is_not_multiplied(N):
+    "Of four experts, the two chosen are a slice with a step: what lies between them may be anything."
+    moe, x = layer(balance="bias"), torch.randn(N, 1, 12)
+    moe.bias.copy_(torch.tensor([9.0, 0.0, 0.0, 9.0]))
+    with torch.no_grad():
+        expected = moe(x)[0]
+        for p in (moe.gate_up, moe.down): p[1:3] = torch.nan
+        assert torch.equal(moe(x)[0], expected)
+
+
+def test_few_tokens_in_bfloat16():
+    moe, x = layer(), torch.randn(2, 1, 12)
+    with torch.no_grad():
+        exact = moe(x)[0]
+        with torch.autocast("cpu", torch.bfloat16): torch.testing.assert_close(moe(x)[0].float(), exact, atol=0.1, rtol=0.05)
+        y = moe.to(torch.bfloat16)(x.to(torch.bfloat16))[0]
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), exact, atol=0.2, rtol=0.1)
 
 
 @pytest.mark.parametrize("shared", [0, 1])
