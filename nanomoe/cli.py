@@ -216,7 +216,7 @@ def _open_split(stories, chosen):
 
 def _make_seeds(home, open_split, chosen):
     from nanomoe.synth import make_prompt_seeds
-    seeds = make_prompt_seeds(home, open_split, chosen.sft.examples + chosen.dpo.examples, chosen.sft.val_examples, chosen.train.seed)
+    seeds = make_prompt_seeds(home, open_split, chosen.sft.examples + -(-chosen.dpo.examples // 2), chosen.sft.val_examples, chosen.train.seed)     # every pair comes both ways
     out.print(f"Instructions: {len(seeds):,}, in {home / 'data' / 'synthetic' / 'prompt_seeds.jsonl'}")
     return seeds
 
@@ -224,7 +224,7 @@ def _make_seeds(home, open_split, chosen):
 def _share_out(seeds, chosen):
     "Which seeds each training takes: none of the other's for training, and the same held-out ones."
     train, val = [seed for seed in seeds if seed.split == "train"], [seed for seed in seeds if seed.split != "train"]
-    few = len(train) * chosen.sft.examples // (chosen.sft.examples + chosen.dpo.examples)     # there may be fewer than were asked for
+    few = len(train) * chosen.sft.examples // (chosen.sft.examples + -(-chosen.dpo.examples // 2))    # there may be fewer than were asked for
     return train[:few] + val, train[few:] + val
 
 
@@ -236,13 +236,13 @@ def _report(what, counts):
 
 def _make_data(home, stories, chosen):
     "Instructions, answers and pairs, with a note of what they are made of."
-    from nanomoe.dpo import exchanged_pairs, make_dpo_data
+    from nanomoe.dpo import both_ways, exchanged_pairs, make_dpo_data
     from nanomoe.synth import corpus_writer, make_sft_data, write_rows
     open_split = _open_split(stories, chosen)
     write = corpus_writer(open_split)
     for_sft, for_dpo = _share_out(_make_seeds(home, open_split, chosen), chosen)
     _report("Answers", make_sft_data(home, write, for_sft))
-    _report("Pairs", make_dpo_data(home, exchanged_pairs(write), for_dpo))
+    _report("Pairs", make_dpo_data(home, both_ways(exchanged_pairs(write)), for_dpo))
     write_rows(home / "data" / "synthetic" / "meta.jsonl", [{"source": _describe_synthetic(stories, chosen)}])
 
 
@@ -393,7 +393,7 @@ def train_sft(preset: PresetName = "laptop", home: Home = Path("."), seed: Seed 
 def make_dpo_data(preset: PresetName = "laptop", stories: Stories = "storybook", home: Home = Path("."), seed: Seed = 0, writer: Writer = "corpus",
                   model: LLM = "gpt-4o-mini", concurrency: Concurrency = 8, attempts: Attempts = 2, limit: Limit = 0, timeout: Timeout = 60.0, set: Settings = []):
     "Make pairs: a story about the right protagonist, and the same about a wrong one."
-    from nanomoe.dpo import asked_pairs, exchanged_pairs, make_dpo_data
+    from nanomoe.dpo import asked_pairs, both_ways, exchanged_pairs, make_dpo_data
     from nanomoe.llm import llm_writer
     from nanomoe.synth import corpus_writer, load_prompt_seeds
     chosen = _choose(preset, set, seed)
@@ -402,7 +402,7 @@ def make_dpo_data(preset: PresetName = "laptop", stories: Stories = "storybook",
     if limit: seeds = _some_of(seeds, limit)
     answers = home / "data" / "synthetic" / "dpo_answers.jsonl"
     pairs = exchanged_pairs(corpus_writer(_open_split(stories, chosen))) if writer == "corpus" else asked_pairs(llm_writer(answers, attempts, **_llm_options(model, concurrency, 0, timeout)))
-    with _alone(home): _report("Pairs", make_dpo_data(home, pairs, seeds))
+    with _alone(home): _report("Pairs", make_dpo_data(home, both_ways(pairs), seeds))
 
 
 @app.command()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DRILLS_ALONE', 'prompt_ids', 'encode_example', 'pad_rows', 'Examples', 'encode_drill', 'make_drills', 'train_sft',
-           'in_turn', 'check_tokenizer', 'score_answers']
+           'in_turn', 'score_answers']
 
 # %% ../nbs/05_sft.ipynb #8b3e90c4
 import random
@@ -15,13 +15,13 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .checkpoint import load_model
+from .checkpoint import check_tokenizer, load_model
 from .config import Preset
 from .files import UserError, sha256_of
 from .model import IGNORE, NanoMoE
 from .synth import Seed, find_phrase, read_rows
 from .tokenizer import BOS, EOS, PAD, load_tokenizer
-from .train import fit, processes
+from .train import fit, in_halves, processes
 
 # %% ../nbs/05_sft.ipynb #fea922e5
 def prompt_ids(tok: Tokenizer, instruction: str) -> list[int]: # [BOS], the instruction, an empty line
@@ -111,10 +111,6 @@ def in_turn(first, steps: int, second):
 
 def _examples(rows, cfg): return Examples(rows, [len(tokens) for tokens, _ in rows], cfg.batch_size, pad_rows, cfg.seed) if rows else None
 
-def check_tokenizer(tok: Tokenizer, model: NanoMoE):
-    if tok.get_vocab_size() != model.cfg.vocab_size:
-        raise UserError(f"The model knows {model.cfg.vocab_size:,} tokens and tokenizer.json has {tok.get_vocab_size():,}: give the home that the model was trained in.")
-
 def _encode_file(path, tok, room):
     "Pairs of a row's split and its tokens and labels; what is too long for the model is left out."
     rows = [(row["split"], encode_example(tok, row["instruction"], row["response"])) for row in read_rows(path, *_KEYS)]
@@ -129,11 +125,11 @@ def score_answers(model: NanoMoE, rows: list, # pairs of a split and encoded exa
                   batch_size: int = 8) -> dict: # nats per token of the answers: all, and each split apart
     "The loss on held-out answers."
     nats, counts, device = {}, {}, next(model.parameters()).device
+    def nats_of(x, y): return model.loss(x.to(device), y.to(device)).ce.item() * (y >= 0).sum().item()
     for split in dict.fromkeys(split for split, _ in rows):
         chosen = sorted((row for s, row in rows if s == split), key=lambda row: len(row[0]))
         for start in range(0, len(chosen), batch_size):
             x, y = pad_rows(chosen[start:start + batch_size])
-            n = (y >= 0).sum().item()
-            nats[split] = nats.get(split, 0) + model.loss(x.to(device), y.to(device)).ce.item() * n
-            counts[split] = counts.get(split, 0) + n
+            nats[split] = nats.get(split, 0) + in_halves(nats_of, x, y)
+            counts[split] = counts.get(split, 0) + (y >= 0).sum().item()
     return {"nats": sum(nats.values()) / sum(counts.values()), **{f"nats_{split}": nats[split] / counts[split] for split in nats}}

@@ -208,7 +208,7 @@ def seed_from(row: dict) -> Seed: # UserError for values of another kind
     lists = all(isinstance(each, tuple) for each in phrases)
     words = [values["protagonist"], values["theme"], values["pronoun"]] + [word for each in phrases if lists for word in each]
     numbers = [values["min_sentences"], values["max_sentences"], values["story"]]
-    if not (lists and all(isinstance(word, str) for word in words) and all(type(number) is int for number in numbers)):
+    if not (lists and values["protagonist"] and all(isinstance(word, str) for word in words) and all(type(number) is int for number in numbers)):
         raise UserError(f"The instruction {values['id']} has a value of the wrong kind: make it again with `nanomoe make-prompt-seeds`.")
     return Seed(**values)
 
@@ -230,7 +230,9 @@ def make_prompt_seeds(home: str | Path, # gets data/synthetic/prompt_seeds.jsonl
         return (read_story(story, frequent) for story in open_split(split))
     half, seeds, known = val_examples // 2, [], None
     for split, source, n in (("train", "train", examples), ("val_seen", "val", half), ("val", "val", val_examples - half)):
-        seeds += [made for made, _ in make_seeds(stories(source), split, n, seed, known if split == "val_seen" else None)]
+        made = [made for made, _ in make_seeds(stories(source), split, n, seed, known if split == "val_seen" else None)]
+        random.Random(f"{seed} {split} order").shuffle(made)    # heroes with a name are soon used up: the last ones of the corpus would have none
+        seeds += made
         known = known or {made.protagonist for made in seeds}
     for split in ("train", "val_seen", "val"):
         if not any(made.split == split for made in seeds): raise UserError(f"No story is fit for a {split} instruction: give more stories, or longer ones.")

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from nanomoe import dpo
 from nanomoe.checkpoint import load_checkpoint, load_model, save_checkpoint
 from nanomoe.config import DPOConfig, ModelConfig, Preset, SFTConfig, TrainConfig
-from nanomoe.dpo import (answer_logps, asked_pairs, collate_pairs, dpo_loss, dpo_objective, exchanged_pairs, make_dpo_data, pair_logps, read_pairs,
+from nanomoe.dpo import (answer_logps, asked_pairs, both_ways, collate_pairs, dpo_loss, dpo_objective, exchanged_pairs, make_dpo_data, pair_logps, read_pairs,
                          score_pairs, stand_ins, train_dpo, with_reference)
 from nanomoe.files import UserError
 from nanomoe.model import IGNORE, NanoMoE
@@ -262,6 +262,20 @@ def test_pairs_depend_on_the_seeds_alone(made, tmp_path):
     home, seeds, _ = made
     make_dpo_data(tmp_path, exchanged_pairs(corpus_writer(open_split)), seeds)
     for split in ("train", "val"): assert rows_of(tmp_path, split) == rows_of(home, split)
+
+
+def test_training_pairs_come_both_ways(made, tmp_path):
+    "The same two stories are asked for by either hero's instruction, so that nothing but the instruction can tell which is right."
+    home, seeds, counts = made
+    again = make_dpo_data(tmp_path, both_ways(exchanged_pairs(corpus_writer(open_split))), seeds)
+    assert rows_of(tmp_path, "val") == rows_of(home, "val")
+    rows = {row["id"]: row for row in rows_of(tmp_path, "train")}
+    pairs = [(row, rows[f"{name} turned"]) for name, row in rows.items() if f"{name} turned" in rows]
+    assert len(pairs) >= 0.9 * len(rows_of(home, "train")) and again["accepted"] == len(rows) + len(rows_of(home, "val"))
+    for row, twin in pairs:
+        assert (twin["protagonist"], twin["wrong"], twin["chosen"], twin["rejected"]) == (row["wrong"], row["protagonist"], row["rejected"], row["chosen"])
+        assert twin["instruction"] == seed_from(twin).instruction != row["instruction"]
+        assert broken_rules(twin["chosen"], seed_from(twin)) == [] and broken_rules(twin["rejected"], seed_from(twin)) == ["missing_protagonist"]
 
 
 SEED = Seed("train-0", "train", "Mia", "kindness", ("red kite",), ("cold rain",), 2, 3, 0)

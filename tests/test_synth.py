@@ -198,6 +198,13 @@ def test_seeds_have_many_protagonists(many):
     assert max(counts.values()) <= 5 and len(counts) >= 500
 
 
+def test_heroes_with_a_name_are_spread_evenly(many):
+    "SFT takes the first seeds and DPO the last ones, and both must have all kinds of heroes."
+    named = [seed.protagonist[0].isupper() for seed in of(many[1], "train")]
+    parts = [sum(named[start:start + 400]) / 400 for start in range(0, 2_000, 400)]
+    assert max(parts) - min(parts) < 0.15 and min(parts) > 0.2, parts
+
+
 def test_validation_asks_for_what_training_never_does(many):
     train, seen, unseen = (of(many[1], split) for split in ("train", "val_seen", "val"))
     def heroes(some): return {seed.protagonist for seed in some}
