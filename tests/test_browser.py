@@ -253,6 +253,7 @@ def test_without_a_checkpoint_and_then_with_one(open_page, made, tmp_path):
 def lab(root, tmp_path_factory):
     "JupyterLab on copies of the two lessons."
     folder, settings, port = tmp_path_factory.mktemp("lab"), tmp_path_factory.mktemp("settings"), free_port()
+    log = folder.parent / "lab.log"
     for name in ("07_kv_cache", "08_routing_viz"): shutil.copy(root / "nbs" / f"{name}.ipynb", folder)
     for plugin, choice in {"notebook-extension/tracker": {"windowingMode": "none"},     # all cells are on the page
                            "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False}}.items():
@@ -264,18 +265,47 @@ def lab(root, tmp_path_factory):
     env |= {"OMP_NUM_THREADS": "1",
            "JUPYTERLAB_SETTINGS_DIR": str(settings), "JUPYTER_CONFIG_DIR": str(settings),
            "JUPYTERLAB_WORKSPACES_DIR": str(settings / "workspaces"), "JUPYTER_RUNTIME_DIR": str(settings / "runtime"), "JUPYTER_PREFER_ENV_PATH": "1"}
-    with serving(f"from jupyterlab.labapp import main; main({options!r})", port, folder.parent / "lab.log", cwd=folder, env=env) as url: yield url
+    with serving(f"from jupyterlab.labapp import main; main({options!r})", port, log, cwd=folder, env=env) as url: yield url, log
 
 
-def run_all(page):
-    page.wait_for_function("document.querySelectorAll('.jp-Notebook .jp-CodeCell').length > 30")    # it comes cell by cell
-    page.wait_for_function("document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status == 'idle'")
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_text("Run All Cells", exact=True).click()
-    errors = '[data-mime-type="application/vnd.jupyter.error"], [data-mime-type="application/vnd.jupyter.stderr"]'
-    page.wait_for_function("""errors => document.querySelector(errors) || [...document.querySelectorAll('.jp-CodeCell')]
-                              .every(cell => /\\d/.test(cell.querySelector('.jp-InputPrompt').textContent))""", arg=errors, timeout=6 * PATIENCE)      # a lesson trains a model, which takes a minute where nothing else runs
-    assert page.locator(errors).all_inner_texts() == []
+LESSON = 240    # seconds for a whole lesson: ten times what it takes where nothing else runs
+ERRORS = '[data-mime-type="application/vnd.jupyter.error"], [data-mime-type="application/vnd.jupyter.stderr"]'
+
+# What a person would see: each code cell's prompt ("" has not run, "*" waits, "7" has run), the kernel's state, an open dialog, an error.
+LOOK = """errors => ({
+    prompts: [...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt')].map(e => e.textContent.replace(/[^0-9*]/g, '')),
+    kernel: document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status ?? '',
+    dialog: [...document.querySelectorAll('.jp-Dialog')].map(e => e.innerText).join(' | '),
+    errors: [...document.querySelectorAll(errors)].map(e => e.innerText).join(' | ')})"""
+
+
+def run_all(page, log):
+    "Run every cell of the open lesson, or say what stood in the way."
+    deadline, click = time.monotonic() + LESSON, 0
+
+    def wait(done, seconds=LESSON):
+        "Look twice a second until `done`; False if that takes longer than `seconds`, a failure if it never can be."
+        end = time.monotonic() + seconds
+        while True:
+            seen = page.evaluate(LOOK, ERRORS)
+            why = ("a dialog is open" if seen["dialog"] else "a cell failed" if seen["errors"] else "its kernel has died" if re.search("dead|restarting", seen["kernel"])
+                   else f"it took longer than {LESSON} s" if time.monotonic() > deadline else "")
+            if why:
+                picture(page, "lab-failed")
+                pytest.fail(f"The lesson did not run, because {why}.\n" + "\n".join(f"{name}: {value}" for name, value in seen.items())
+                            + f"\nclicks on Run All Cells: {click}\nthe server's last words:\n{log.read_text()[-2000:]}", pytrace=False)
+            if done(seen): return True
+            if time.monotonic() > end: return False
+            page.wait_for_timeout(500)
+
+    wait(lambda seen: len(seen["prompts"]) > 30 and seen["kernel"] == "idle")   # the page comes cell by cell
+    while click == 0 or not wait(lambda seen: any(seen["prompts"]) or seen["kernel"] == "busy", seconds=30):   # a click can come before the notebook listens; a second one runs all of it twice
+        click += 1
+        try:
+            page.get_by_role("menuitem", name="Run", exact=True).click(timeout=10_000)
+            page.get_by_text("Run All Cells", exact=True).click(timeout=10_000)
+        except playwright.TimeoutError: page.keyboard.press("Escape")
+    wait(lambda seen: all(prompt.isdigit() for prompt in seen["prompts"]))
 
 
 def move(slider): # by one
@@ -292,8 +322,8 @@ def changed(page, locator, of, before):
 
 
 def test_lesson_07_steps_through_decoding(open_page, lab):
-    page = open_page(f"{lab}/lab/tree/07_kv_cache.ipynb?reset")
-    run_all(page)
+    page = open_page(f"{lab[0]}/lab/tree/07_kv_cache.ipynb?reset")
+    run_all(page, lab[1])
     slider = page.locator(".widget-slider").first
     slider.scroll_into_view_if_needed()
     drawn = page.locator(".widget-vbox").filter(has=slider).first.locator("img").first
@@ -305,8 +335,8 @@ def test_lesson_07_steps_through_decoding(open_page, lab):
 
 
 def test_lesson_08_colours_the_tokens_layer_by_layer(open_page, lab):
-    page = open_page(f"{lab}/lab/tree/08_routing_viz.ipynb?reset")     # without the notebook that was open before
-    run_all(page)
+    page = open_page(f"{lab[0]}/lab/tree/08_routing_viz.ipynb?reset")     # without the notebook that was open before
+    run_all(page, lab[1])
     box = page.locator(".widget-vbox").filter(has=page.locator("textarea")).first
     box.scroll_into_view_if_needed()
     words = box.locator(".nm-tokens")
