@@ -22,7 +22,6 @@ from typing import NamedTuple, get_type_hints
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
@@ -31,7 +30,7 @@ from .checkpoint import load_checkpoint, load_model, save_checkpoint
 from .config import ModelConfig
 from .files import UserError, write_atomically
 from .model import NanoMoE
-from .tokenizer import BOS, EOS, PAD, SPECIALS, UNK, load_tokenizer, save_tokenizer, tokenizer_hash
+from .tokenizer import BOS, EOS, PAD, SPECIALS, UNK, load_tokenizer, save_tokenizer
 from .train import read_log
 
 # %% ../nbs/09_export.ipynb #ec84183f
@@ -159,37 +158,59 @@ def tokenizer_from_hf(text: str) -> Tokenizer: # the contents of tokenizer.json
     return Tokenizer.from_str(json.dumps({**json.loads(text), "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}))
 
 # %% ../nbs/09_export.ipynb #e9c46800
-def _measured(checkpoint_path, model): # -> rows (what, value, command)
-    path = Path(checkpoint_path).resolve()
-    home = path.parents[2] if path.parent.parent.name == "artifacts" else path.parent
-    name, total, active = path.relative_to(home).as_posix(), model.num_parameters(), model.num_parameters(active=True)
-    rows = [("parameters, and how many of them one token meets", f"{total:,}, {active:,}",
-             f"from nanomoe.checkpoint import load_model; m = load_model({name!r}); print(m.num_parameters(), m.num_parameters(active=True))")]
-    log, done = path.parent / "val_log.jsonl", load_checkpoint(path).get("step")
-    scores = [row for row in read_log(log) if isinstance(row.get("bpb"), float) and done in (None, row.get("step"))]
-    if scores and (done is not None or path.stem == "ckpt_best"):
-        best, log = min(scores, key=lambda row: row["bpb"]), log.relative_to(home).as_posix()
-        choice = "" if done is None else f" if r['step'] == {done}"
-        rows.append((f"bits per byte on the whole validation split, after step {best['step']:,}", f"{best['bpb']:.4f}",
-                     f"from nanomoe.train import read_log; print(min(r['bpb'] for r in read_log({log!r}){choice}))"))
-    for card in (path.parent / "scorecard.json", home / "reports" / "scorecard.json"):
-        if card.is_file() and card.stat().st_mtime >= path.stat().st_mtime:     # an older one is about other weights
-            where = card.relative_to(home).as_posix()
-            return rows + [(f"scorecard: {' '.join(keys)}", f"{value:.4g}",
-                            f"import json; print(json.load(open({where!r})){''.join(f'[{key!r}]' for key in keys)})")
-                           for keys, value in _numbers(json.loads(card.read_text(encoding="utf-8")))]
-    return rows
+def _home_of(path): return path.parents[2] if path.parent.parent.name == "artifacts" else path.parent
 
-def _numbers(tree, keys=()): # every number of nested dicts, with the way to it
-    if isinstance(tree, dict):
-        for key, branch in tree.items(): yield from _numbers(branch, (*keys, key))
-    elif isinstance(tree, (int, float)) and not isinstance(tree, bool): yield keys, tree
+def _read_json(file):
+    try: return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError): return {}
+
+def _scores(path): # of this checkpoint on the scorecard; an older card is about other weights
+    file, stage = _home_of(path) / "reports" / "scorecard.json", {"pretraining": "base"}.get(path.parent.name, path.parent.name)
+    if path.stem != "ckpt_best" or not file.is_file() or file.stat().st_mtime < path.stat().st_mtime: return {}
+    return _read_json(file).get(stage, {})
+
+def _bits_per_byte(path, step): # of the step that the checkpoint is from; without one, of the best
+    rows = [row for row in read_log(path.parent / "val_log.jsonl") if isinstance(row.get("bpb"), float) and step in (None, row["step"])]
+    if rows:
+        best = min(rows, key=lambda row: row["bpb"])
+        return f"{best['bpb']:.4f} on the whole validation split, after step {best['step']:,}"
+    return f"{bpb:.4f} on the whole validation split" if (bpb := _scores(path).get("bpb")) else None
+
+# %% ../nbs/09_export.ipynb #dd7162a2
+def _facts(path, model, step): # -> pairs (what, value)
+    yield "Parameters", f"{model.num_parameters():,}; each token meets {model.num_parameters(active=True):,}"
+    if step is None and path.stem != "ckpt_best": return    # no log says which weights these are
+    meta, rows = _read_json(_home_of(path) / "data" / "shards" / "meta.json"), read_log(path.parent / "train_log.jsonl")
+    if meta:
+        name, train = Path(meta["source"].partition(",")[0]).name, meta["splits"]["train"]
+        yield "Data", f"{name + ': ' if name else ''}{train['stories']:,} stories, {train['tokens']:,} tokens"
+    if rows:
+        seconds = sum((row["tokens"] - before["tokens"]) / max(row["tokens_per_s"], 0.1) for before, row in zip([{"tokens": 0}, *rows], rows))
+        yield "Training run", f"{rows[-1]['tokens']:,} tokens in {f'{seconds / 60:.1f} minutes' if seconds > 90 else f'{seconds:.0f} seconds'}"
+    if bpb := _bits_per_byte(path, step): yield "Bits per byte", bpb
+
+_KEPT = {"protagonist": "its protagonist", "required_all": "all its phrases", "length_kept": "its length", "finished": "comes to an end"}
+
+def _kept(path): # Markdown: the share of instructions that the likeliest answer keeps
+    scores = _scores(path)
+    try: seen, unseen = (scores[name]["greedy"] for name in ("seen", "unseen"))
+    except KeyError: return ""
+    def cell(metric): return f"{metric['mean']:.0%} ({metric['low']:.0%} to {metric['high']:.0%})"
+    rows = "\n".join(f"| {text} | {cell(seen[name])} | {cell(unseen[name])} |" for name, text in _KEPT.items())
+    return f"""
+Held-out instructions whose answer keeps what they ask for, with 95 % intervals:
+
+| | {seen['finished']['n']} about known protagonists | {unseen['finished']['n']} about new ones |
+|---|---|---|
+{rows}
+"""
 
 # %% ../nbs/09_export.ipynb #e451c7ad
 def model_card(checkpoint_path: str | Path, model: NanoMoE, dtype: str = "float32") -> str: # Markdown
     "What the model is, what was measured, and how to use it."
     cfg, kind = model.cfg, family_of(model)
-    numbers = "\n".join(f"| {what} | {value} | `python -c \"{command}\"` |" for what, value, command in _measured(checkpoint_path, model))
+    path, step = Path(checkpoint_path).resolve(), load_checkpoint(checkpoint_path).get("step")
+    facts = "\n".join(f"| {what} | {value} |" for what, value in _facts(path, model, step))
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -204,12 +225,12 @@ tell = pipeline("text-generation", ".")
 print(tell("Once upon a time", max_new_tokens=100, do_sample=True, temperature=0.8)[0]["generated_text"])
 ```
 
-Measured before the export, in float32. Each command runs in the folder that the model was trained in.
+Measured before the export, in float32:
 
-| what | value | command |
-|---|---|---|
-{numbers}
-"""
+| | |
+|---|---|
+{facts}
+{_kept(path)}"""
 
 # %% ../nbs/09_export.ipynb #4088c153
 _FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
