@@ -478,7 +478,7 @@ def serve_app(home: Home = Path("."), port: Annotated[int, typer.Option(min=1, m
 @app.command()
 def docs_preview(port: Annotated[int, typer.Option(min=1, max=65535)] = 4200,
                  open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True):
-    "A preview of the course's site, in a clone of the repository, without Quarto. The real site has more: other addresses, figures described in words, a link to Colab."
+    "A preview of the course's site, in a clone of the repository, without Quarto. Start it again after a change. Known gaps: pages have other addresses, formulas are drawn by a script from the network, figures lack their descriptions, and dark pages their own colours."
     if not all(Path(name).is_file() for name in ("settings.ini", "_quarto.yml", "nbs/index.ipynb")):
         raise UserError("The site is made of the notebooks: run this in a clone of the repository, in the folder that holds settings.ini.")
     try:
