@@ -6,11 +6,15 @@ followed in what they hold. What the plain pages say is compared with the code t
 import ast
 import io
 import json
+import os
 import re
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 import xml.etree.ElementTree as ET
 from configparser import ConfigParser
 from contextlib import redirect_stdout
@@ -294,7 +298,6 @@ def test_the_results_are_those_of_the_files():
     code = ["".join(c["source"]) for c in cells(NBS / "results.ipynb") if c["cell_type"] == "code"]
     old = Path.cwd()
     try:
-        import os
         os.chdir(NBS)
         with redirect_stdout(io.StringIO()):
             for source in code: exec(source.replace("from IPython.display import Markdown", ""), namespace)
@@ -328,3 +331,45 @@ def test_all_text_of_the_picture_stands_in_a_box():
         x, y = float(text.get("x")), float(text.get("y"))
         half = len(text.text) * (4.6 if text.get("class") else 3.6)
         assert any(bx <= x - half and x + half <= bx + w and by < y < by + h for bx, by, w, h in filled), text.text
+
+
+# The preview, without Quarto
+
+@pytest.fixture
+def clone(tmp_path): # what the preview needs of the repository
+    for name in ("nbs", "nanomoe"): shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "_quarto.yml"))
+    for target in (tmp_path, tmp_path / "nbs"): shutil.copy(ROOT / "_quarto.yml", target)
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    return tmp_path
+
+
+def test_the_preview_serves_the_course_and_stops(clone):
+    pytest.importorskip("smalldocs", reason="the preview needs smalldocs, which needs Python 3.11")
+    with socket.create_server(("127.0.0.1", 0)) as probe: port = probe.getsockname()[1]
+    # it ends with this process, too: its standard input closes then
+    leash = "import os, sys, threading; threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start(); "
+    start = f"sys.argv[1:] = ['docs-preview', '--no-open', '--port', '{port}']; from nanomoe.cli import main; main()"
+    with open(clone / "log", "w") as log, subprocess.Popen([sys.executable, "-W", "ignore", "-c", leash + start], cwd=clone, stdin=subprocess.PIPE, stdout=log, stderr=log) as server:
+        try:
+            deadline = time.monotonic() + 240
+            while f"serving {clone}" not in (clone / "log").read_text():
+                assert server.poll() is None and time.monotonic() < deadline, (clone / "log").read_text()[-2000:]
+                time.sleep(0.3)
+            def page(name): return urllib.request.urlopen(f"http://127.0.0.1:{port}/{name}", timeout=60).read().decode()
+            for name, words in (("index.html", "You will build a language model"), ("03_moe.html", "A mixture of experts")): assert words in page(name)
+        finally:
+            server.terminate()
+            server.wait(60)      # before its standard input closes
+    if sys.platform != "win32": assert server.returncode == 130     # as every command that is asked to stop
+
+
+def test_the_preview_needs_the_repository(tmp_path):
+    said = subprocess.run([sys.executable, "-m", "nanomoe.cli", "docs-preview"], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert said.returncode == 1 and said.stderr.startswith("Error: ") and "clone" in said.stderr and said.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_preview_names_the_package_that_it_lacks(clone):
+    code = "import sys; sys.modules['smalldocs'] = None; sys.argv[1:] = ['docs-preview']; from nanomoe.cli import main; main()"
+    said = subprocess.run([sys.executable, "-c", code], cwd=clone, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert said.returncode == 1 and "pip install -e '.[dev]'" in said.stderr and "Traceback" not in said.stderr
