@@ -87,6 +87,7 @@ class SFTConfig(LoopConfig):
     examples: int = 20_000          # instructions with their answers
     val_examples: int = 400         # held out, half of them about protagonists that training never names
     drills: float = 1.0             # drills for each example: they practise nothing but the hero's name
+    replay: float = 0.15            # stories without an instruction for each example, so that those are not forgotten
     epochs: float = 1.0             # how often each example, and each drill, is seen
     batch_size: int = 8             # examples in a micro-batch
     lr: float = 2e-3
@@ -96,13 +97,14 @@ class SFTConfig(LoopConfig):
 
     @property
     def steps(self) -> int: # optimiser steps
-        return max(1, round(self.epochs * (1 + self.drills) * self.examples) // (self.batch_size * self.grad_accum))
+        return max(1, round(self.epochs * (1 + self.drills + self.replay) * self.examples) // (self.batch_size * self.grad_accum))
 
 @dataclass(frozen=True)
 class DPOConfig(SFTConfig):
     "Preference tuning: an example is a pair of answers, one better than the other."
     examples: int = 2_000           # pairs
     drills: float = 0.0
+    replay: float = 0.0
     val_examples: int = 200
     lr: float = 2e-4
     muon_lr: float = 4e-4
@@ -134,7 +136,7 @@ def _check_model(cfg):
 # %% ../nbs/02_attention.ipynb #0aadbdf4
 def _check_training(cfg):
     _at_least(cfg, 1, "stories val_stories tokenizer_stories tokens seq_len examples val_examples batch_size grad_accum evals log_every")
-    _at_least(cfg, 0, "lr muon_lr weight_decay min_lr grad_clip patience seed save_minutes epochs drills beta rpo_alpha")
+    _at_least(cfg, 0, "lr muon_lr weight_decay min_lr grad_clip patience seed save_minutes epochs drills replay beta rpo_alpha")
     for name in ("warmup", "decay"): _check(0 <= getattr(cfg, name) <= 1, f"{name}={getattr(cfg, name)} is a share of the steps and lies between 0 and 1")
     _check(0 <= getattr(cfg, "label_smoothing", 0) < 0.5, "label_smoothing must be at least 0 and less than 0.5, where a pair says nothing at all")
     for name in ("beta1", "beta2"): _check(0 <= getattr(cfg, name) < 1, f"{name}={getattr(cfg, name)} must be at least 0 and less than 1")
@@ -157,8 +159,8 @@ _PRESETS = {
         SFTConfig(examples=160, val_examples=16, evals=2), DPOConfig(examples=80, val_examples=16, evals=2)),
     "laptop": Preset(
         ModelConfig(vocab_size=4_096, d_model=128, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=256),
-        TrainConfig(stories=12_000, val_stories=500, tokens=1_000_000, evals=4),
-        SFTConfig(examples=3_500, val_examples=200, drills=1.5, lr=4e-3, muon_lr=1e-2, patience=0), DPOConfig(examples=800, lr=5e-4, muon_lr=1e-3, evals=3)),
+        TrainConfig(stories=12_000, val_stories=500, tokens=800_000, evals=4),
+        SFTConfig(examples=3_500, val_examples=200, drills=1.5, lr=4e-3, muon_lr=1e-2, patience=0), DPOConfig(examples=600, lr=5e-4, muon_lr=1e-3, evals=3)),
     "full": Preset(ModelConfig(), TrainConfig()),
 }
 

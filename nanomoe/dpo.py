@@ -222,6 +222,7 @@ def train_dpo(home: str | Path, # has an instructed model and data/synthetic; ge
         return fit(model, cfg, batches, dpo_objective(cfg), lambda model: score_pairs(model, val, cfg),
                    out, key, fresh, sample and _watched(sample, sample(reference)), goal="dpo")
 
+# %% ../nbs/06_dpo.ipynb #40fcd930
 def _watched(sample, before): # the same sample, which ends the training if it repeats itself as the reference's did not
     def watch(model):
         text = sample(model)
@@ -230,6 +231,7 @@ def _watched(sample, before): # the same sample, which ends the training if it r
         return text
     return watch
 
+# %% ../nbs/06_dpo.ipynb #9b10b1f1
 def score_pairs(model: NanoMoE, pairs: list[Pair], cfg: DPOConfig) -> dict:
     "Loss, accuracy and rewards on held-out pairs: all, and the accuracy of each split apart. Raises `UserError` on a collapse."
     logps, ref = torch.tensor(pair_logps(model, pairs, cfg.batch_size)), torch.tensor([pair.reference for pair in pairs])

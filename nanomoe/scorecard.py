@@ -64,6 +64,7 @@ def judge_model(generate, # `nanomoe.generate.generate`, which notebook 07 write
             results.append(judge_story(tok.decode(answer), seed, answer[-1:] == [EOS]))
     return {metric: interval([result[metric] for result in results]) for metric in results[0]}
 
+# %% ../nbs/06_dpo.ipynb #b2227f80
 STAGES = {"base": "pretraining", "sft": "sft", "dpo": "dpo"}    # their folders in artifacts/
 SLICES = {"seen": "val_seen", "unseen": "val"}                  # protagonists that training asks for, and others
 

@@ -24,8 +24,8 @@ from .tokenizer import BOS, EOS, PAD, load_tokenizer
 from .train import fit, in_halves, processes
 
 # %% ../nbs/05_sft.ipynb #fea922e5
-def prompt_ids(tok: Tokenizer, instruction: str) -> list[int]: # [BOS], the instruction, an empty line
-    return [BOS, *tok.encode(instruction + "\n\n").ids]
+def prompt_ids(tok: Tokenizer, instruction: str) -> list[int]: # [BOS], the instruction, an empty line; [BOS] alone if nothing is asked
+    return [BOS, *tok.encode(instruction + "\n\n").ids] if instruction else [BOS]
 
 def encode_example(tok: Tokenizer, instruction: str, response: str) -> tuple[list[int], list[int]]: # tokens and labels, as long as each other
     "One example; label i is the token after token i, or IGNORE where that belongs to the instruction."
@@ -95,14 +95,17 @@ def train_sft(home: str | Path, # has a pretrained model and data/synthetic; get
         check_tokenizer(tok, model)
         train, val = (_encode_file(folder / f"sft_{split}.jsonl", tok, model.cfg.max_seq_len) for split in ("train", "val"))
         if cfg.compile: model.hidden = torch.compile(model.hidden)
-        drills = make_drills(tok, read_rows(folder / "sft_train.jsonl", *_KEYS), round(cfg.drills * len(train)))
-        drills = [drill for drill in drills if len(drill[0]) <= model.cfg.max_seq_len]
+        rows = read_rows(folder / "sft_train.jsonl", *_KEYS)
+        def fitting(encoded): return [row for row in encoded if len(row[0]) <= model.cfg.max_seq_len]
+        drills = fitting(make_drills(tok, rows, round(cfg.drills * len(train))))
+        plain = fitting(encode_example(tok, "", row["response"]) for row in islice(cycle(rows), round(cfg.replay * len(train))))
         first = round(DRILLS_ALONE * cfg.steps) * cfg.grad_accum if drills else 0     # micro-batches of drills alone; what is left of them comes among the rest
-        batches = in_turn(_examples(drills, cfg), first, _examples([row for _, row in train] + drills[first * cfg.batch_size:], cfg))
+        batches = in_turn(_examples(drills, cfg), first, _examples([row for _, row in train] + plain + drills[first * cfg.batch_size:], cfg))
         data = sha256_of(b"".join(path.read_bytes() for path in (base, folder / "sft_train.jsonl", folder / "sft_val.jsonl")))
         return fit(model, cfg, batches, NanoMoE.loss_and_routing, lambda model: score_answers(model, val, cfg.batch_size),
                    home / "artifacts" / "sft", data, fresh, sample, goal="nats")
 
+# %% ../nbs/05_sft.ipynb #3c3d12ee
 DRILLS_ALONE = 0.2      # share of the steps, at the start, that do nothing but drills
 
 def in_turn(first, steps: int, second):
@@ -120,6 +123,7 @@ def _encode_file(path, tok, room):
 
 _KEYS = (*Seed.__dataclass_fields__, "instruction", "response")
 
+# %% ../nbs/05_sft.ipynb #8eddd03e
 @torch.no_grad()
 def score_answers(model: NanoMoE, rows: list, # pairs of a split and encoded example
                   batch_size: int = 8) -> dict: # nats per token of the answers: all, and each split apart
