@@ -23,7 +23,7 @@ from nanomoe.tokenizer import BOS, EOS, PAD, save_tokenizer, train_tokenizer
 from nanomoe.train import read_log
 
 MODEL = ModelConfig(vocab_size=300, d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=16, max_seq_len=256)
-CHOSEN = Preset(MODEL, TrainConfig(), SFTConfig(examples=32, epochs=5, batch_size=4, drills=0.0, evals=5, patience=0, log_every=1))     # 40 steps
+CHOSEN = Preset(MODEL, TrainConfig(), SFTConfig(examples=32, epochs=5, batch_size=4, drills=0.0, replay=0.0, evals=5, patience=0, log_every=1))     # 40 steps
 
 
 def rows(split, n, start=0):
@@ -230,6 +230,17 @@ def test_every_mention_that_the_filter_accepts_can_be_drilled(tok, hero, story):
 def test_a_stand_in_is_no_word_of_its_story(tok):
     row = {**next(rows("train", 1)), "protagonist": "Mia", "response": "zabel in the barn was Mia."}
     for _, labels in make_drills(tok, [row] * 60, 60)[1::2]: assert labels.count(IGNORE) > len(prompt_ids(tok, row["instruction"])) + 3
+
+
+def test_stories_without_an_instruction_are_part_of_the_training(home):
+    "The model is not to forget how a story begins when nobody asks."
+    best = train_sft(home, Preset(MODEL, TrainConfig(), replace(CHOSEN.sft, epochs=1, replay=0.5, evals=1)))
+    assert best["step"] == 12       # 32 examples and 16 of their stories, in batches of 4
+
+
+def test_nothing_asked_is_a_story_alone(tok):
+    tokens, labels = encode_example(tok, "", "It rained.")
+    assert tokens[0] == BOS and tokens[1:] == labels[:-1] and labels[-1] == EOS and IGNORE not in labels
 
 
 def test_drills_are_part_of_the_training(home):
