@@ -622,12 +622,36 @@ def bench_data(preset: PresetName = "laptop", stories: Stories = "storybook", ru
 @bench.command("decode")
 def bench_decode_command(prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128, new: Annotated[int, typer.Option(min=2, help="Tokens to write.")] = 200,
                          runs: Annotated[int, typer.Option(min=1, help="Timed runs of each.")] = 3, threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+                         gguf: Annotated[Path | None, typer.Option(help="A file that `nanomoe export gguf` wrote: llama.cpp takes part with it (`pip install xllamacpp`). Export it from a model of the same shape.")] = None,
                          preset: PresetName = "full", set: Settings = []):
-    "Writing token by token: with and without cache, eight prompts at once, and transformers with its cache, if it is installed."
+    "Writing token by token: with and without cache, eight prompts at once, transformers with its cache, if it is installed, and llama.cpp with `--gguf`."
     from nanomoe.generate import bench_decode
-    speeds = bench_decode(_choose(preset, set).model, prompt, new, runs, threads)
+    also = {f"llama.cpp, {gguf.name}": _llama_cpp(gguf, threads, prompt + new)} if gguf else {}
+    speeds = bench_decode(_choose(preset, set).model, prompt, new, runs, threads, also)
     _print_speeds(f"Decoding, {prompt} + {new} tokens, {threads} threads, median of {runs} alternating runs", "tokens/s", speeds,
                   "transformers" if "transformers" in speeds else "without cache")
+
+
+def _llama_cpp(file, threads, room):
+    "write(prompt_ids, new), by llama.cpp's own server in this process."
+    import json
+    from urllib.request import Request, urlopen
+    try: import xllamacpp
+    except ImportError: raise UserError("llama.cpp is not here: install it with `pip install xllamacpp`, or leave out --gguf.") from None
+    if not file.is_file(): raise UserError(f"There is no {file}: write it with `nanomoe export gguf {file}`.")
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.verbosity = str(file), room + 8, 1, 0
+    params.hostnames, params.port, params.cpuparams.n_threads, params.n_gpu_layers = ["127.0.0.1"], 0, threads, 0
+    try: server = xllamacpp.Server(params)
+    except Exception as error: raise UserError(f"llama.cpp cannot load {file} ({error}): write it anew with `nanomoe export gguf`.") from None
+
+    def write(prompt_ids, new):
+        words = [4 + i % 100 for i in prompt_ids[0].tolist()]      # any words will do, as long as the file's vocabulary has them
+        body = json.dumps({"prompt": words, "n_predict": new, "temperature": 0, "ignore_eos": True, "cache_prompt": False}).encode()
+        with urlopen(Request(server.listening_address + "/completion", body, {"Content-Type": "application/json"})) as answer: told = json.load(answer)
+        if told["tokens_predicted"] != new: raise UserError(f"llama.cpp wrote {told['tokens_predicted']} tokens instead of {new}: the context of {file} is too short; give smaller --prompt and --new.")
+
+    return write
 
 
 def _print_speeds(title, unit, speeds, *baselines):

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 KEY = "sk-planted-0123456789abcdef"     # no output and no file may ever hold it
 TINY = ["--preset", "smoke", "--device", "cpu", *(word for setting in (
     "d_model=16 n_heads=2 n_kv_heads=1 d_ff=16 vocab_size=400 stories=150 val_stories=20 tokens=20480 tokenizer_stories=150 max_seq_len=1100 "
-    "sft.examples=16 sft.val_examples=4 dpo.examples=8").split() for word in ("--set", setting))]
+    "sft.examples=16 sft.val_examples=4 dpo.examples=16").split() for word in ("--set", setting))]
 
 SERVER = r'''
 import builtins, errno, json, os, signal, sys, time, traceback

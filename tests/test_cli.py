@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TINYSTORIES = ROOT.parent / "shared" / "tinystories"
 TINY = ["--preset", "smoke", "--device", "cpu", "--set", "d_model=16", "--set", "n_heads=2", "--set", "n_kv_heads=1", "--set", "d_ff=16", "--set", "vocab_size=400",
         "--set", "stories=150", "--set", "val_stories=20", "--set", "tokens=20480", "--set", "tokenizer_stories=150", "--set", "max_seq_len=1100",
-        "--set", "sft.examples=16", "--set", "sft.val_examples=4", "--set", "dpo.examples=8"]
+        "--set", "sft.examples=16", "--set", "sft.val_examples=4", "--set", "dpo.examples=16"]
 
 
 def nanomoe(*words, env={}, **more):

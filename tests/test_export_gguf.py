@@ -11,6 +11,7 @@ from nanomoe.export import export_gguf, read_gguf
 from nanomoe.files import UserError
 from nanomoe.generate import encode_prompt, generate, tell_story
 from nanomoe.tokenizer import BOS
+from test_cli import nanomoe, refused
 from test_export import CONFIG, make_home, paths, same_weights, some_texts, tree
 
 gguf = pytest.importorskip("gguf")
@@ -139,3 +140,14 @@ def test_llama_cpp_has_the_same_log_probabilities(llama):
         assert sorted(theirs) == list(range(600))
         worst = max(worst, (torch.tensor([theirs[i] for i in range(600)]) - ours[length - 1]).abs().max().item())
     assert worst < 1e-3
+
+
+def test_llama_cpp_takes_part_in_the_benchmark(home, tmp_path):
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not here: pip install xllamacpp")
+    file = export_gguf(*paths(home[0]), tmp_path / "m.gguf", "F32")
+    few = ["bench", "decode", "--preset", "smoke", "--prompt", 8, "--new", 8, "--runs", 1, "--threads", 1, "--gguf"]
+    done = nanomoe(*few, file)
+    assert done.returncode == 0 and "llama.cpp, m.gguf" in done.stdout, done.stderr
+    assert "There is no" in refused(*few, tmp_path / "none.gguf")
+    (tmp_path / "broken.gguf").write_bytes(file.read_bytes()[:100])
+    assert "cannot load" in nanomoe(*few, tmp_path / "broken.gguf").stderr      # llama.cpp says a word or two as well
