@@ -45,6 +45,7 @@ def _fingerprint(config, weights): # safetensors has no checksum of its own
     tensors = (weights[name].cpu().contiguous().view(torch.uint8).numpy().tobytes() for name in sorted(weights))
     return sha256_of(b"".join((config.encode(), *tensors)))
 
+# %% ../nbs/04_pretrain.ipynb #5f858318
 def load_checkpoint(path: str | Path) -> dict: # with the keys "config", "model" and what else was saved
     "Read what `save_checkpoint` wrote. Raises `UserError` for a missing, damaged or foreign file; no code in it is ever run."
     path = Path(path)

@@ -214,9 +214,12 @@ def _open_split(stories, chosen):
     return open_split
 
 
+def _seeds_for_pairs(chosen): return -(-chosen.dpo.examples // 2)     # every pair comes both ways
+
+
 def _make_seeds(home, open_split, chosen):
     from nanomoe.synth import make_prompt_seeds
-    seeds = make_prompt_seeds(home, open_split, chosen.sft.examples + -(-chosen.dpo.examples // 2), chosen.sft.val_examples, chosen.train.seed)     # every pair comes both ways
+    seeds = make_prompt_seeds(home, open_split, chosen.sft.examples + _seeds_for_pairs(chosen), chosen.sft.val_examples, chosen.train.seed)
     out.print(f"Instructions: {len(seeds):,}, in {home / 'data' / 'synthetic' / 'prompt_seeds.jsonl'}")
     return seeds
 
@@ -224,7 +227,7 @@ def _make_seeds(home, open_split, chosen):
 def _share_out(seeds, chosen):
     "Which seeds each training takes: none of the other's for training, and the same held-out ones."
     train, val = [seed for seed in seeds if seed.split == "train"], [seed for seed in seeds if seed.split != "train"]
-    few = len(train) * chosen.sft.examples // (chosen.sft.examples + -(-chosen.dpo.examples // 2))    # there may be fewer than were asked for
+    few = len(train) * chosen.sft.examples // (chosen.sft.examples + _seeds_for_pairs(chosen))    # there may be fewer than were asked for
     return train[:few] + val, train[few:] + val
 
 
@@ -626,30 +629,23 @@ def bench_decode_command(prompt: Annotated[int, typer.Option(min=1, help="Tokens
                          preset: PresetName = "full", set: Settings = []):
     "Writing token by token: with and without cache, eight prompts at once, transformers with its cache, if it is installed, and llama.cpp with `--gguf`."
     from nanomoe.generate import bench_decode
-    also = {f"llama.cpp, {gguf.name}": _llama_cpp(gguf, threads, prompt + new)} if gguf else {}
-    speeds = bench_decode(_choose(preset, set).model, prompt, new, runs, threads, also)
+    from nanomoe.llm import local_llm
+    with local_llm(model_path=gguf, context=prompt + new + 8, parallel=1, threads=threads) if gguf else nullcontext() as url:
+        also = {f"llama.cpp, {gguf.name}": _writer_at(url)} if url else {}
+        speeds = bench_decode(_choose(preset, set).model, prompt, new, runs, threads, also)
     _print_speeds(f"Decoding, {prompt} + {new} tokens, {threads} threads, median of {runs} alternating runs", "tokens/s", speeds,
                   "transformers" if "transformers" in speeds else "without cache")
 
 
-def _llama_cpp(file, threads, room):
-    "write(prompt_ids, new), by llama.cpp's own server in this process."
-    import json
+def _writer_at(url):
+    "write(prompt_ids, new) by a llama.cpp server, in its own protocol, which takes tokens."
     from urllib.request import Request, urlopen
-    try: import xllamacpp
-    except ImportError: raise UserError("llama.cpp is not here: install it with `pip install xllamacpp`, or leave out --gguf.") from None
-    if not file.is_file(): raise UserError(f"There is no {file}: write it with `nanomoe export gguf {file}`.")
-    params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel, params.verbosity = str(file), room + 8, 1, 0
-    params.hostnames, params.port, params.cpuparams.n_threads, params.n_gpu_layers = ["127.0.0.1"], 0, threads, 0
-    try: server = xllamacpp.Server(params)
-    except Exception as error: raise UserError(f"llama.cpp cannot load {file} ({error}): write it anew with `nanomoe export gguf`.") from None
 
     def write(prompt_ids, new):
         words = [4 + i % 100 for i in prompt_ids[0].tolist()]      # any words will do, as long as the file's vocabulary has them
         body = json.dumps({"prompt": words, "n_predict": new, "temperature": 0, "ignore_eos": True, "cache_prompt": False}).encode()
-        with urlopen(Request(server.listening_address + "/completion", body, {"Content-Type": "application/json"})) as answer: told = json.load(answer)
-        if told["tokens_predicted"] != new: raise UserError(f"llama.cpp wrote {told['tokens_predicted']} tokens instead of {new}: the context of {file} is too short; give smaller --prompt and --new.")
+        with urlopen(Request(url.removesuffix("/v1") + "/completion", body, {"Content-Type": "application/json"})) as answer: told = json.load(answer)
+        if told["tokens_predicted"] != new: raise UserError(f"llama.cpp wrote {told['tokens_predicted']} tokens instead of {new}: its model's context is too short, so give smaller --prompt and --new.")
 
     return write
 

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
-from .checkpoint import load_checkpoint, load_model, save_checkpoint
+from .checkpoint import check_tokenizer, load_checkpoint, load_model, save_checkpoint
 from .config import ModelConfig
 from .files import UserError, write_atomically
 from .model import NanoMoE
@@ -264,8 +264,7 @@ def _replaceable(folder):
 # %% ../nbs/09_export.ipynb #666a2dda
 def _load(checkpoint_path, tokenizer_path):
     model, tok = load_model(checkpoint_path), load_tokenizer(tokenizer_path)
-    if tok.get_vocab_size() != model.cfg.vocab_size:
-        raise UserError(f"{tokenizer_path} has {tok.get_vocab_size():,} tokens and {checkpoint_path} knows {model.cfg.vocab_size:,}: give the tokenizer that the model was trained with.")
+    check_tokenizer(tok, model)
     return model, tok
 
 def hf_tensors(model: NanoMoE, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

@@ -76,53 +76,35 @@ def sha256_of(data): # bytes, or text, which is taken as UTF-8
     return hashlib.sha256(data.encode("utf-8") if isinstance(data, str) else data).hexdigest()
 
 # %% ../nbs/01_data.ipynb #69f38d2a
-import errno
 import json
 import os
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-# %% ../nbs/01_data.ipynb #3cd2baa9
-def _lock(file): # raises OSError if another process has it
-    try: import fcntl
-    except ImportError:
-        import msvcrt
-        file.seek(1 << 20)      # Windows locks bytes, and nobody can read them meanwhile: take one behind the text
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+from filelock import FileLock, Timeout
 
+# %% ../nbs/01_data.ipynb #3cd2baa9
 @contextmanager
 def alone_in(folder, # one that is not there yet needs no lock
              command="python"): # what this process is doing, for the others' message
     "Hold a folder, so that no other process writes into it at the same time. Reading needs no lock."
-    path = Path(folder) / ".lock"
-    if not path.parent.is_dir():
+    lock, about = FileLock(Path(folder) / ".lock", timeout=0), Path(folder) / ".lock.json"
+    if not Path(folder).is_dir():
         yield
         return
-    try: file = open(path, "ab+", buffering=0)
+    try: lock.acquire()
+    except Timeout: raise UserError(_who_has(folder, about)) from None
     except OSError as error: raise UserError(f"Cannot write into {folder}: {_REASONS.get(error.errno, error.strerror)}.") from error
-    with file:
-        try: _lock(file)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK): raise UserError(_who_has(folder, path)) from None
-        if not _is_at(path, file):      # who had it before us has removed it just now
-            with alone_in(folder, command): yield
-            return
-        with suppress(OSError):     # a full disk
-            file.truncate(0)
-            file.write(json.dumps([os.getpid(), command[:200], f"{datetime.now():%Y-%m-%d %H:%M}"]).encode())
-        try: yield
-        finally:
-            file.truncate(0)
-            with suppress(OSError): path.unlink()       # Windows removes no open file
+    with suppress(OSError):     # a full disk
+        about.write_text(json.dumps([os.getpid(), command[:200], f"{datetime.now():%Y-%m-%d %H:%M}"]), encoding="utf-8")
+    try: yield
+    finally:
+        with suppress(OSError): about.unlink()
+        lock.release()
 
-def _is_at(path, file):
-    try: return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError: return False
-
-def _who_has(folder, path):
-    try: pid, command, since = json.loads(path.read_bytes())
+def _who_has(folder, about):
+    try: pid, command, since = json.loads(about.read_bytes())
     except (OSError, ValueError, TypeError): who = "another process is writing into it"
     else: who = f"process {pid} (`{command}`) has been writing into it since {since}"
     return f"{folder} is in use: {who}; wait for it, or use another --home."

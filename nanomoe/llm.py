@@ -32,7 +32,7 @@ from urllib.parse import urlsplit
 
 from tqdm.auto import tqdm
 
-from .files import UserError, sha256_of, write_atomically
+from .files import UserError, alone_in, sha256_of, write_atomically
 from .synth import Seed, broken_rules
 
 # %% ../nbs/05b_llm_writer.ipynb #cf6df6b4
@@ -321,24 +321,11 @@ def _run(work):
     finally: loop.close()
 
 # %% ../nbs/05b_llm_writer.ipynb #6e4a37fd
-@contextmanager
-def _alone(path):
-    "Only one run at a time may hold this, where the system has such locks."
-    lock = path.with_name(f".{path.name}.lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "w")
+def _folder_of(path):
+    "The folder of a file that is about to be written, made if it is not there."
+    try: path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error: raise UserError(f"Cannot write {path} ({error.strerror or error}): choose another folder.") from None
-    with file:
-        try:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise UserError(f"Another run is writing {path}: wait for it, or name another file.") from None
-        except (ImportError, OSError): pass     # Windows, and some network disks, have none
-        try: yield
-        finally:
-            file.close()        # Windows removes no open file
-            with suppress(OSError): lock.unlink()
+    return path.parent
 
 # %% ../nbs/05b_llm_writer.ipynb #5168191b
 class Interrupted(UserError):
@@ -361,7 +348,7 @@ def write_with_llm(requests: Iterable[Request],
     if concurrency < 1 or retries < 0: raise UserError("The writer needs a concurrency of at least 1 and no fewer than 0 retries.")
     path, requests = Path(path), list(requests)
     url, key = _find_server(base_url)
-    with _alone(path):
+    with alone_in(_folder_of(path), "write_with_llm"):
         for sentence in mend(path): print(sentence, file=sys.stderr)
         left = unanswered(requests, path)
         todo = left if limit is None else left[:limit]
@@ -434,7 +421,7 @@ def _find_gguf(model_path: str | Path | None = None) -> Path: # model_path if it
     return found[0]
 
 # %% ../nbs/05b_llm_writer.ipynb #2f2841a3
-def _llama(host, port, model_path, context, parallel):
+def _llama(host, port, model_path, context, parallel, threads):
     "The server's process: says its address, then waits for the end of its standard input."
     import xllamacpp
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is for the parent
@@ -444,21 +431,21 @@ def _llama(host, port, model_path, context, parallel):
     for name, value in {"hostname": host, "hostnames": [host], "webui": False, "ui": False}.items():     # their names changed from release to release
         if hasattr(params, name): setattr(params, name, value)
     params.n_ctx, params.n_parallel = int(context), int(parallel)
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = max(1, (os.cpu_count() or 2) // 2)
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(threads)
     try: server = xllamacpp.Server(params)
     except RuntimeError: os._exit(1)
     print(server.listening_address, flush=True)
     sys.stdin.read()
     os._exit(0)     # its own way of ending waits for answers that nobody wants any more
 
-def _start_llama(host, port, model_path, context, parallel): # -> process, address
+def _start_llama(host, port, model_path, context, parallel, threads=max(1, (os.cpu_count() or 2) // 2)): # -> process, address
     path = _find_gguf(model_path)
     try: socket.create_server((host, port)).close()
     except (OSError, OverflowError) as error:
         reason = str(getattr(error, "strerror", None) or error).split(" (")[0].lower()
         raise UserError(f"Port {port} on {host} cannot be used ({reason}): choose another with --port.") from None
     command = [sys.executable, "-c", "import sys; from nanomoe.llm import _llama; _llama(*sys.argv[1:])"]
-    process = subprocess.Popen([*command, host, str(port), str(path), str(context), str(parallel)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*command, *map(str, (host, port, path, context, parallel, threads))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try: address = process.stdout.readline().strip()
     except BaseException:
         process.kill()
@@ -472,9 +459,10 @@ def local_llm(host: str = "127.0.0.1", port: int = 0, # 0 takes a free one
               model_path: str | Path | None = None, # a GGUF file; None takes SmolLM2-135M-Instruct
               context: int = 2048, # tokens, shared by the conversations
               parallel: int = 4, # conversations at a time; more have to wait
+              **more, # `threads`, if not half of the processor's
              ) -> Iterator[str]: # the base_url
     "A real LLM behind the OpenAI protocol, for as long as the block lasts."
-    process, url = _start_llama(host, port, model_path, context, parallel)
+    process, url = _start_llama(host, port, model_path, context, parallel, **more)
     try: yield url
     finally:
         process.kill()

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from .checkpoint import load_model
+from .checkpoint import check_tokenizer, load_model
 from .data import load_shards
 from .files import UserError, write_atomically
 from .model import NanoMoE
@@ -82,6 +82,7 @@ def scorecard(generate, # as `judge_model` takes it
         path = home / "artifacts" / folder / "ckpt_best.pt"
         if not path.is_file(): continue
         model = load_model(path, device)
+        check_tokenizer(tok, model)
         scores[stage] = {"bpb": evaluate(model, shards.val, shards.meta["splits"]["val"]["bytes"], 8, model.cfg.max_seq_len)["bpb"]}
         for name, split in SLICES.items():
             chosen = [seed for seed in seeds if seed.split == split][:prompts // 2]

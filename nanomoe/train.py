@@ -57,6 +57,7 @@ def orthogonalize(g: Tensor, # (..., m, n) matrices
         product, gram = p @ product, p @ gram @ p   # x would become p x, so its Gram matrix p gram p
     return (x @ product if tall else product @ x).to(g.dtype)
 
+# %% ../nbs/04_pretrain.ipynb #b53691d4
 class Muon(torch.optim.Optimizer):
     "SGD with Nesterov momentum whose update of every matrix is orthogonalised; a stack of matrices is treated one by one."
     def __init__(self, params, # matrices, or stacks of them: (..., m, n)
@@ -212,6 +213,7 @@ def _backward(objective, cfg, batches):
     if world > 1: dist.all_reduce(means)
     return losses._fields, means.tolist(), loads
 
+# %% ../nbs/04_pretrain.ipynb #e6707f86
 def _diverged(step, loss, norm=None):
     what = f"The loss is {loss:.3g}" + (f" and the norm of its gradient {norm:.3g}" if norm is not None else "")
     return UserError(f"{what} at step {step:,}: training stopped, and ckpt_best.pt is as good as it was; lower lr and muon_lr and start with --fresh.")
@@ -314,6 +316,7 @@ def fit(model: NanoMoE, cfg: LoopConfig,
             if stop and done < cfg.steps: raise Stopped(f"Stopped after step {done:,} of {cfg.steps:,}, and saved; the same command goes on from there.")
     return best
 
+# %% ../nbs/04_pretrain.ipynb #b06ba1e7
 def _progress_bar(start, steps, shown):
     watched = sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ   # a terminal, or a notebook that somebody has open
     return tqdm(initial=start, total=steps, unit="step", disable=not (shown and watched))
@@ -344,6 +347,7 @@ def pretrain(home: str | Path, # has tokenizer.json and data/shards; gets artifa
         return fit(model, cfg, Batches(shards.train, cfg.batch_size, cfg.seq_len, cfg.seed), NanoMoE.loss_and_routing, score,
                    home / "artifacts" / "pretraining", sha256_of(json.dumps(shards.meta, sort_keys=True)), fresh, sample)
 
+# %% ../nbs/04_pretrain.ipynb #178b80a4
 @contextmanager
 def processes(device: str, # "cpu", "cuda" or "mps"
               cfg: LoopConfig):

@@ -148,6 +148,6 @@ def test_llama_cpp_takes_part_in_the_benchmark(home, tmp_path):
     few = ["bench", "decode", "--preset", "smoke", "--prompt", 8, "--new", 8, "--runs", 1, "--threads", 1, "--gguf"]
     done = nanomoe(*few, file)
     assert done.returncode == 0 and "llama.cpp, m.gguf" in done.stdout, done.stderr
-    assert "There is no" in refused(*few, tmp_path / "none.gguf")
+    assert "There is no model file" in refused(*few, tmp_path / "none.gguf")
     (tmp_path / "broken.gguf").write_bytes(file.read_bytes()[:100])
-    assert "cannot load" in nanomoe(*few, tmp_path / "broken.gguf").stderr      # llama.cpp says a word or two as well
+    assert "llama.cpp cannot serve" in nanomoe(*few, tmp_path / "broken.gguf").stderr      # llama.cpp says a word or two as well

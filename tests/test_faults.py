@@ -86,7 +86,7 @@ def untrained(home):
 
 def contents(home):
     "All that has to be the same after an interruption: every byte, but for the times and memory in the logs."
-    found = {str(path.relative_to(home)): path.read_bytes() for path in sorted(home.rglob("*")) if path.is_file() and path.name != ".lock"}
+    found = {str(path.relative_to(home)): path.read_bytes() for path in sorted(home.rglob("*")) if path.is_file() and path.name not in (".lock", ".lock.json")}
     for name in found:
         if name.endswith("train_log.jsonl"):
             found[name] = [{key: value for key, value in row.items() if key not in ("tokens_per_s", "memory_mb")} for row in read_log(home / name)]
@@ -230,7 +230,7 @@ def test_other_settings(home, finished, says):
 
 def test_two_runs_in_one_home(home, finished, says):
     first = start("run", "--home", home, *TINY, accident="before('config.json', lambda: time.sleep(60))")
-    while not (home / ".lock").exists() or not (home / ".lock").read_bytes(): time.sleep(0.02)
+    while not (home / ".lock.json").is_file() or not (home / ".lock.json").read_bytes(): time.sleep(0.02)
     for command in ("run", "pretrain"):
         second = nanomoe(command, "--home", home, *TINY, "--fresh")
         assert f"process {first.pid} " in second.err and str(time.localtime().tm_year) in second.err
