@@ -275,8 +275,8 @@ def fit(model: NanoMoE, cfg: LoopConfig,
         start, tokens, best = _resume(last, model, cfg, optimizers, data)
         if best["step"] == start and writes: save_checkpoint(folder / "ckpt_best.pt", model)   # in case it was killed just between the two
     if writes:
-        if fresh: last.unlink(missing_ok=True)      # or, killed before its first save, the new run would go on as the old one
         with write_atomically(folder / "config.json", "w") as file: json.dump({"model": asdict(model.cfg), "train": asdict(cfg)}, file, indent=2)
+        if fresh: last.unlink(missing_ok=True)      # or, killed before its first save, the new run would go on as the old one
         train_log, val_log = Log(folder / "train_log.jsonl", start), Log(folder / "val_log.jsonl", start)
     objective = Objective(model, loss)
     if world > 1: objective = DistributedDataParallel(objective, device_ids=[device.index] if device.type == "cuda" else None)
