@@ -19,6 +19,7 @@ try:
     from typing import Annotated
 
     import typer
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
@@ -438,8 +439,9 @@ def _lab(home, stories, chosen, variants, baselines, device, fresh):
     speeds, report = lab.race(home, variants, device, fresh=fresh), "lab_baselines" if baselines else "lab"
     if baselines: variants += lab.same_time(variants, speeds)
     rows = lab.run_lab(home, variants, speeds, report, device, fresh, out.print)
-    table = Table(title=f"{chosen.train.tokens:,} training tokens, the whole validation split", title_justify="left")
-    for name in (lines := lab.readable(rows))[0]: table.add_column(name, justify="left" if name in ("variant", "experts") else "right", overflow="fold")
+    table = Table(title=f"{chosen.train.tokens:,} training tokens, the whole validation split", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    lines = [{name: text for name, text in line.items() if out.width >= 100 or name not in ("active", "total")} for line in lab.readable(rows)]     # a narrow terminal has no room for sizes
+    for name in lines[0]: table.add_column(name, justify="left" if name in ("variant", "experts") else "right", no_wrap=name not in ("variant", "load (1 = fair)", "entropy, bits"))
     for i, line in enumerate(lines): table.add_row(*line.values(), end_section=i + 1 < len(rows) and rows[i + 1]["group"] != rows[i]["group"])
     out.print(table)
     if not baselines: _save_figure(lab.lab_figure(rows), home / "reports" / "figs" / "lab.png")
