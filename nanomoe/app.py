@@ -1,6 +1,7 @@
 """The Streamlit app: stories on one screen, their routing on the other. `nanomoe app` starts it, and so does `streamlit run nanomoe/app.py`.
 
 - Its checkpoints are those of the folder NANOMOE_HOME; without one, of the first folder that has any: the current one, those above it, this clone.
+  If there are none, it takes those that a clone brings in `checkpoints/`.
 - A model is kept by path, time and size of its file, and shared by all browsers: a new file is a new model, and nothing here changes one.
 - What a visitor or a model writes is escaped wherever it is shown.
 """
@@ -18,7 +19,7 @@ import streamlit as st
 import torch
 
 from nanomoe.checkpoint import check_tokenizer, load_model
-from nanomoe.files import UserError
+from nanomoe.files import UserError, checkpoint_path, find_checkpoints, home_or_shipped
 from nanomoe.generate import encode_prompt, stream
 from nanomoe.routing import trace_routing
 from nanomoe.sft import prompt_ids
@@ -27,20 +28,11 @@ from nanomoe.synth import Seed, broken_rules, contains, count_sentences
 from nanomoe.tokenizer import BOS, EOS, load_tokenizer, tokenizer_hash
 from nanomoe.viz import PALETTE, figure_png, measure_decoding, throughput_figure, token_pieces, tokens_html
 
-STAGES = {"pretrain": "pretraining", "sft": "sft", "dpo": "dpo"}    # what a checkpoint is called -> its folder in artifacts/
 ENDS = {"stop": "came to its end", "length": "stopped at the most tokens", "context": "stopped, the context is full", None: "interrupted"}
 FORM = {"who": "Lily", "theme": "kindness", "phrases": "big brass bell, long rope", "banned": "", "sentences": (12, 18)}
 
 
 # What is there
-
-def find_checkpoints(home: Path) -> dict[str, Path]: # name -> file, the furthest stage last
-    paths = {name: checkpoint_path(home, name) for name in STAGES}
-    return {name: path for name, path in paths.items() if os.path.isfile(path)}
-
-
-def checkpoint_path(home, name): return home / "artifacts" / STAGES[name] / "ckpt_best.pt"
-
 
 def find_home() -> Path:
     if home := os.environ.get("NANOMOE_HOME"): return Path(home)
@@ -281,7 +273,7 @@ def usage_html(trace) -> str: # a row for each layer; a figure with a panel for 
 
 def main():
     st.set_page_config("Nano-MoE", layout="wide")
-    home = find_home()
+    home = home_or_shipped(find_home())
     checkpoints = find_checkpoints(home)
     st.session_state.setdefault("turns", [])
     for key, value in FORM.items(): st.session_state[key] = st.session_state.get(key, value)     # kept while the other screen is shown

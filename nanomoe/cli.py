@@ -24,7 +24,7 @@ try:
     from rich.table import Table
 
     from nanomoe.config import Preset, override, preset
-    from nanomoe.files import UserError, alone_in, is_out_of_memory, sha256_of
+    from nanomoe.files import STAGES, UserError, alone_in, checkpoint_path, find_checkpoints, home_or_shipped, is_out_of_memory, sha256_of
 except KeyboardInterrupt: raise SystemExit(130) from None     # `main`, which says "Stopped.", is not there yet
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
@@ -32,8 +32,6 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 bench = typer.Typer(no_args_is_help=True, help="Measure this machine: ratios side by side, in one run.")
 app.add_typer(bench, name="bench")
 out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)    # a folder may be called "[a]" or ":b:"
-
-STAGES = {"pretrain": "pretraining", "sft": "sft", "dpo": "dpo"}    # what --checkpoint calls them -> folder in artifacts/
 
 PresetName = Annotated[str, typer.Option("--preset", help="How big: `smoke` (a minute), `laptop` (minutes, real stories) or `full` (a GPU, or patience).")]
 Home = Annotated[Path, typer.Option(help="The folder that holds everything a run reads and writes.")]
@@ -158,12 +156,17 @@ def _at(home): return "" if home == Path(".") else f" --home {shlex.quote(str(ho
 
 
 def _find_checkpoint(home, name):
-    if Path(name).is_file(): return Path(name)
+    "A checkpoint and its tokenizer: of the home, or of the clone if the home has none, or a file that is named."
+    if Path(name).is_file():
+        beside = Path(name).parent / "tokenizer.json"
+        return Path(name), beside if beside.is_file() else home / "tokenizer.json"
     if name not in ("latest", *STAGES): raise UserError(f"There is no checkpoint {name}: it is latest, {', '.join(STAGES)}, or a file.")
-    for stage in reversed(STAGES) if name == "latest" else [name]:
-        path = home / "artifacts" / STAGES[stage] / "ckpt_best.pt"
-        if path.is_file() or name != "latest": return path
-    raise UserError(f"{home} holds no checkpoint yet: make one with `nanomoe run{_at(home)}`, or name a file with --checkpoint.")
+    place = home_or_shipped(home)
+    if place != home: print(f"(There is no checkpoint in {home.resolve()}: this is the one that comes with the course.)", file=sys.stderr)
+    if name == "latest":
+        if not (found := find_checkpoints(place)): raise UserError(f"{home} holds no checkpoint yet: make one with `nanomoe run{_at(home)}`, or name a file with --checkpoint.")
+        name = list(found)[-1]
+    return checkpoint_path(place, name), place / "tokenizer.json"
 
 
 @app.command()
@@ -514,27 +517,29 @@ def generate(prompt: Annotated[str, typer.Argument(help="How the story begins; n
              min_p: Annotated[float, typer.Option(min=0, max=1, help="Draw from tokens at least this likely, relative to the likeliest.")] = 0.0,
              repetition_penalty: Annotated[float, typer.Option(min=0.1, help="Above 1, tokens that occurred become less likely.")] = 1.0,
              cache: Annotated[bool, typer.Option(help="Keep keys and values of earlier tokens (the same text either way).")] = True,
+             instruct: Annotated[bool, typer.Option("--instruct", help="The prompt is an instruction for `sft` or `dpo`, like those in data/synthetic/prompt_seeds.jsonl.")] = False,
              chat: Annotated[bool, typer.Option("--chat", help="Keep asking for prompts until an empty line.")] = False):
     "Let a trained model tell a story, as it comes to it."
     if not math.isfinite(temperature + repetition_penalty) or 0 < temperature < 0.001:
         raise UserError("--temperature takes 0 or a number from 0.001 up, and --repetition-penalty one from 0.1 up.")
-    device, path = _pick_device(device), _find_checkpoint(home, checkpoint)
+    device, (path, tokenizer) = _pick_device(device), _find_checkpoint(home, checkpoint)
     from nanomoe.checkpoint import check_tokenizer, load_model
     from nanomoe.tokenizer import load_tokenizer
-    model, tok = load_model(path, device), load_tokenizer(home / "tokenizer.json")
+    model, tok = load_model(path, device), load_tokenizer(tokenizer)
     check_tokenizer(tok, model)
     sampling = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k or None, top_p=top_p, min_p=min_p or None,
                     repetition_penalty=repetition_penalty, seed=seed, use_cache=cache)
-    if not chat: return _tell(model, tok, prompt, sampling)
-    while prompt or (prompt := _ask()):
-        try: _tell(model, tok, prompt, sampling)
+    end = "\n\n" if instruct else ""    # an instruction ends with an empty line
+    if not chat: return _tell(model, tok, prompt + end, sampling)
+    while prompt or (prompt := _ask("Instruction: " if instruct else "Story begins: ")):
+        try: _tell(model, tok, prompt + end, sampling)
         except UserError as error: print(error, file=sys.stderr)
         prompt = ""
 
 
-def _ask():
+def _ask(what):
     "The next prompt; nothing when there is none, at Ctrl-D."
-    try: return input("Story begins: ")
+    try: return input(what)
     except EOFError: return print() or ""
 
 
@@ -671,7 +676,7 @@ def export_hf(folder: Annotated[Path, typer.Argument(help="The folder to write."
               dtype: Annotated[str, typer.Option(help="`bfloat16` (half the size) or `float32` (exact).")] = "bfloat16"):
     "For transformers: weights, config, tokenizer and a model card."
     from nanomoe.export import export_hf
-    out.print(f"Written: {export_hf(_find_checkpoint(home, checkpoint), home / 'tokenizer.json', folder, dtype)}")
+    out.print(f"Written: {export_hf(*_find_checkpoint(home, checkpoint), folder, dtype)}")
 
 
 @export.command("gguf")
@@ -679,7 +684,15 @@ def export_gguf(file: Annotated[Path, typer.Argument(help="The file to write.")]
                 kind: Annotated[str, typer.Option(help="`F32`, `F16` or `Q8_0`.")] = "F16"):
     "For llama.cpp and Ollama: one file."
     from nanomoe.export import export_gguf
-    out.print(f"Written: {export_gguf(_find_checkpoint(home, checkpoint), home / 'tokenizer.json', file, kind)}")
+    out.print(f"Written: {export_gguf(*_find_checkpoint(home, checkpoint), file, kind)}")
+
+
+@export.command("checkpoints")
+def export_checkpoints(folder: Annotated[Path, typer.Argument(help="The folder to write.")], home: Home = Path("."),
+                       note: Annotated[str, typer.Option(help="A sentence for the model card: on which machine, for instance.")] = ""):
+    "To give away: every stage's best checkpoint in bfloat16, with settings, tokenizer and a model card."
+    from nanomoe.export import export_checkpoints
+    out.print(f"Written: {export_checkpoints(home, folder, note)}")
 
 
 @bring.command("hf")

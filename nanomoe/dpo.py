@@ -27,7 +27,7 @@ from .model import NanoMoE
 from .sft import Examples, encode_example, pad_rows, prompt_ids
 from .synth import Seed, broken_rules, contains, exchange, read_rows, repetition, seed_row, write_rows
 from .tokenizer import PAD, load_tokenizer
-from .train import fit, processes
+from .train import fit, in_halves, processes
 
 # %% ../nbs/06_dpo.ipynb #d7e60f3b
 def stand_ins(seeds: list[Seed], texts: list[str], seed: int = 0) -> list[str | None]: # a wrong protagonist for each story
@@ -178,11 +178,12 @@ def read_pairs(path: Path, tok: Tokenizer, room: int) -> list[Pair]: # those tha
 def pair_logps(model: NanoMoE, pairs: list[Pair], batch_size: int = 8) -> list[tuple[float, float]]: # of the chosen and the rejected answer
     order, out = sorted(range(len(pairs)), key=lambda i: len(pairs[i].chosen[0])), {}
     device = next(model.parameters()).device
+    def logps_of(tokens, labels): return answer_logps(model.hidden(tokens.to(device))[0], model.embed.weight, labels.to(device)).tolist()
     for start in range(0, len(order), batch_size):
         batch = order[start:start + batch_size]
         tokens, labels, *_ = collate_pairs([pairs[i] for i in batch])
-        chosen, rejected = answer_logps(model.hidden(tokens.to(device))[0], model.embed.weight, labels.to(device)).chunk(2)
-        out.update(zip(batch, zip(chosen.tolist(), rejected.tolist())))
+        logps = in_halves(logps_of, tokens, labels)
+        out.update(zip(batch, zip(logps[:len(batch)], logps[len(batch):])))
     return [out[i] for i in range(len(pairs))]
 
 def with_reference(path: Path, # where the log-probabilities are kept

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'GGUF', 'take_apart', 'put_together', 'rename', 'rename_back', 'Family', 'family_of', 'hf_config',
-           'hf_tokenizer', 'tokenizer_from_hf', 'model_card', 'hf_tensors', 'export_hf', 'config_from_hf', 'import_hf',
-           'interleave', 'half_split', 'split_pairs', 'join_pairs', 'gguf_facts', 'export_gguf', 'read_gguf']
+           'hf_tokenizer', 'tokenizer_from_hf', 'model_card', 'export_checkpoints', 'hf_tensors', 'export_hf',
+           'config_from_hf', 'import_hf', 'interleave', 'half_split', 'split_pairs', 'join_pairs', 'gguf_facts',
+           'export_gguf', 'read_gguf']
 
 # %% ../nbs/09_export.ipynb #99dbd053
 import importlib
@@ -26,9 +27,9 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
-from .checkpoint import check_tokenizer, load_checkpoint, load_model, save_checkpoint
+from .checkpoint import check_tokenizer, load_checkpoint, load_model, save_checkpoint, vocabulary_hash
 from .config import ModelConfig
-from .files import UserError, write_atomically
+from .files import STAGES, UserError, find_checkpoints, write_atomically
 from .model import NanoMoE
 from .tokenizer import BOS, EOS, PAD, SPECIALS, UNK, load_tokenizer, save_tokenizer
 from .train import read_log
@@ -260,6 +261,30 @@ def _replaceable(folder):
     if not names: return True
     with suppress(OSError, ValueError): return names <= _FILES and "nano_moe" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return False
+
+# %% ../nbs/09_export.ipynb #487f5915
+_COMMANDS = {"pretrain": "nanomoe pretrain", "sft": "nanomoe train-sft", "dpo": "nanomoe train-dpo"}
+
+def export_checkpoints(home: str | Path, # a folder with checkpoints, of one stage or more
+                       folder: str | Path, # new, or an earlier one
+                       note: str = "", # a sentence for the card: on which machine, for instance
+                      ) -> Path:
+    "Every stage's best checkpoint, which `nanomoe generate` and the app take from there as from a home. Raises `UserError` if there is none."
+    home, folder = Path(home), Path(folder)
+    if not (found := find_checkpoints(home)): raise UserError(f"{home} holds no checkpoint yet: make one with `nanomoe run --home {home}`.")
+    tok, parts = load_tokenizer(home / "tokenizer.json"), []
+    for name, path in found.items():
+        model = load_model(path)
+        check_tokenizer(tok, model)
+        model.vocabulary = vocabulary_hash(tok)
+        facts = "\n".join(f"| {what} | {value} |" for what, value in _facts(path.resolve(), model, load_checkpoint(path).get("step")))
+        parts.append(f"## {STAGES[name]}.safetensors\n\nMade by `{_COMMANDS[name]}`, which printed (the instructions: `nanomoe scorecard`):\n\n| | |\n|---|---|\n{facts}\n{_kept(path.resolve())}")
+        save_checkpoint(folder / f"{STAGES[name]}.safetensors", model.bfloat16())
+        if config := _read_json(path.parent / "config.json"):
+            with write_atomically(folder / f"{STAGES[name]}.json", "w") as file: json.dump(config, file, indent=1)
+    save_tokenizer(tok, folder / "tokenizer.json")
+    with write_atomically(folder / "README.md", "w") as file: file.write("\n".join(("# Checkpoints\n", *([note + "\n"] if note else []), *parts)))
+    return folder
 
 # %% ../nbs/09_export.ipynb #666a2dda
 def _load(checkpoint_path, tokenizer_path):

@@ -19,7 +19,7 @@ from .checkpoint import check_tokenizer, load_model
 from .config import Preset
 from .files import UserError, sha256_of
 from .model import IGNORE, NanoMoE
-from .synth import Seed, find_phrase, read_rows
+from .synth import Seed, contains, find_phrase, read_rows
 from .tokenizer import BOS, EOS, PAD, load_tokenizer
 from .train import fit, in_halves, processes
 
@@ -76,7 +76,8 @@ def encode_drill(tok: Tokenizer, instruction: str, story: str, protagonist: str)
 def make_drills(tok: Tokenizer, rows: list[dict], # rows of sft_train.jsonl
                 n: int) -> list[tuple[list[int], list[int]]]: # n encoded drills, row after row
     "The beginnings of answers, with nothing to learn but whom they are about."
-    return [encode_drill(tok, row["instruction"], row["response"], row["protagonist"]) for row in islice(cycle(rows), n)]
+    told = [row for row in rows if contains(row["response"], row["protagonist"])]   # all, unless somebody edited the file
+    return [encode_drill(tok, row["instruction"], row["response"], row["protagonist"]) for row in islice(cycle(told), n)]
 
 # %% ../nbs/05_sft.ipynb #d7fcce2c
 def train_sft(home: str | Path, # has a pretrained model and data/synthetic; gets artifacts/sft

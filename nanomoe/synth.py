@@ -193,11 +193,14 @@ def read_rows(path: str | Path, *needed: str) -> list[dict]: # every row has the
         except (ValueError, TypeError, RecursionError): raise UserError(f"{path}, line {number}, is not a JSON object: mend or remove the line; nothing was changed.") from None
         if missing := [key for key in needed if key not in row]:
             raise UserError(f"{path}, line {number}, has no {', '.join(missing)}: it was not made by Nano-MoE; mend or remove the line; nothing was changed.")
+        if wrong := [key for key in needed if key in _TEXTS and not isinstance(row[key], str)]:
+            raise UserError(f"{path}, line {number}, has something else than text in {', '.join(wrong)}: mend or remove the line; nothing was changed.")
         if row.get("id") in seen: raise UserError(f"{path}, line {number}, has the id of line {seen[row['id']]}: remove one of them; nothing was changed.")
         if "id" in row: seen[row["id"]] = number
         rows.append(row)
     return rows
 
+_TEXTS = {"split", "protagonist", "instruction", "response", "chosen", "rejected"}
 _MAKERS = {"prompt": "make-prompt-seeds", "sft": "make-sft-data", "dpo": "make-dpo-data"}
 
 def seed_row(seed: Seed) -> dict: return {**asdict(seed), "instruction": seed.instruction}

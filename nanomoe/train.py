@@ -94,8 +94,8 @@ def make_optimizers(model: NanoMoE, cfg: LoopConfig) -> list[torch.optim.Optimiz
     return optimizers
 
 # %% ../nbs/04_pretrain.ipynb #482b17c4
-def in_halves(measure, # measure(*batch) -> a number to add up
-              *batch: Tensor) -> float: # (B, ...) each
+def in_halves(measure, # measure(*batch) -> a number to add up, or a list to join
+              *batch: Tensor): # (B, ...) each
     "What `measure` says of a batch, or, where the memory does not suffice, of its halves together."
     try: return measure(*batch)
     except (MemoryError, RuntimeError) as error:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .checkpoint import load_model
 from .data import load_shards
-from .files import UserError, write_atomically
+from .files import UserError, find_checkpoints, write_atomically
 from .generate import encode_prompt, stream, tell_story
 from .model import NanoMoE
 from .routing import Trace, expert_words, trace_routing, without_expert
@@ -357,15 +357,13 @@ def _openings(home, n, length=64):
     return [story[:length] for story in stories[:n]]
 
 # %% ../nbs/08_routing_viz.ipynb #29f250b1
-def make_plots(home, # a folder with artifacts/*/ckpt_best.pt
+def make_plots(home, # a folder with checkpoints
                device: str = "cpu",
                prompts: int = 32, # validation stories to trace
               ) -> list[Path]:
     "Draw the figures of a home folder into reports/figs, for the checkpoints and reports that there are."
     home = Path(home)
-    folders = {"pretrain": "pretraining", "sft": "sft", "dpo": "dpo"}
-    paths = {name: home / "artifacts" / folder / "ckpt_best.pt" for name, folder in folders.items()}
-    models = {name: load_model(path, device) for name, path in paths.items() if path.is_file()}
+    models = {name: load_model(path, device) for name, path in find_checkpoints(home).items()}
     if not models: raise UserError(f"{home} holds no checkpoint yet: make one with `nanomoe run --home {home}`.")
     openings, figures = _openings(home, prompts), {}
     if (home / "artifacts" / "pretraining" / "train_log.jsonl").is_file():

@@ -78,7 +78,15 @@ def expected(home, stage, prompt, **changes):
     return tell_story(model, tok, prompt, **{"temperature": 0.7, "top_p": 0.95, "max_new_tokens": 300, "seed": 0, **changes})
 
 
+def test_a_home_without_checkpoints_takes_those_of_the_clone(home, tmp_path, monkeypatch):
+    monkeypatch.setattr("nanomoe.files.SHIPPED", home)
+    monkeypatch.setenv("NANOMOE_HOME", str(tmp_path / "empty"))
+    at = fine(ask(start(), "Once upon a time"))
+    assert expected(home, "sft", "Once upon a time") in shown(at)
+
+
 def test_without_a_checkpoint_it_says_which_command_makes_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("nanomoe.files.SHIPPED", tmp_path / "as in a wheel")
     home = tmp_path / "a home"
     monkeypatch.setenv("NANOMOE_HOME", str(home))
     at = fine(start())

@@ -220,7 +220,9 @@ def test_a_home_that_cannot_be_written(tmp_path):
 
 
 def test_what_generate_refuses(home, tmp_path):
-    assert "nanomoe run" in refused("generate", "--home", tmp_path)
+    code = "import sys, nanomoe.files\nfrom pathlib import Path\nnanomoe.files.SHIPPED = Path('nowhere')\nimport nanomoe.cli\nnanomoe.cli.main()"    # as in an installed wheel
+    alone = subprocess.run([sys.executable, "-c", code, "generate", "--home", tmp_path], capture_output=True, text=True)
+    assert alone.returncode == 1 and alone.stderr.startswith("Error: ") and alone.stderr.count("\n") == 1 and "nanomoe run" in alone.stderr
     assert "context" in refused("generate", "word " * 600, "--home", home)
     broken = tmp_path / "broken.pt"
     broken.write_bytes(b"PK no checkpoint")

@@ -374,6 +374,18 @@ def test_logps_do_not_depend_on_the_batch(home):
     np.testing.assert_allclose(ours[::-1], pair_logps(model, pairs[::-1], 1), atol=1e-3)
 
 
+def test_pairs_that_do_not_fit_into_memory_go_in_halves(home, monkeypatch):
+    model, pairs, hidden, sizes = instructed(home), pairs_of(home), NanoMoE.hidden, []
+    whole = pair_logps(model, pairs, 8)
+    def greedy(self, tokens, *more):
+        sizes.append(len(tokens))
+        if len(tokens) > 3: raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return hidden(self, tokens, *more)
+    monkeypatch.setattr(NanoMoE, "hidden", greedy)
+    np.testing.assert_allclose(whole, pair_logps(model, pairs, 8), atol=1e-3)
+    assert {16, 8, 4, 2} <= set(sizes)
+
+
 @pytest.mark.parametrize("cfg", [replace(TINY.dpo, rpo_alpha=0.0), replace(TINY.dpo, beta=0.3, label_smoothing=0.1, rpo_alpha=0.5)])
 def test_the_objective_is_its_formula(home, cfg):
     model, pairs = instructed(home), pairs_of(home)[:4]

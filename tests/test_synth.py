@@ -420,6 +420,12 @@ def test_odd_lines_are_reported_too(tmp_path, line):
     with pytest.raises(UserError, match="line 6"): read_rows(written(tmp_path, lambda lines: [*lines[:5], line]), "id", "split")
 
 
+@pytest.mark.parametrize("value", [5, None, ["a story"], {"text": "a story"}])
+def test_a_text_that_is_none_is_reported(tmp_path, value):
+    write_rows(tmp_path / "rows.jsonl", [{"id": "a", "response": "Once."}, {"id": "b", "response": value}])
+    with pytest.raises(UserError, match="line 2, has something else than text in response"): read_rows(tmp_path / "rows.jsonl", "id", "response")
+
+
 @pytest.mark.parametrize("key, value", [("required", None), ("banned", 5), ("required", "red kite"), ("min_sentences", "two")])
 def test_foreign_values_are_reported_too(tmp_path, key, value):
     write_rows(tmp_path / "data" / "synthetic" / "prompt_seeds.jsonl", [{**seed_row(SEED), key: value}])
