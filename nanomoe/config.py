@@ -60,7 +60,7 @@ class LoopConfig:
     evals: int = 10                 # evaluations on the whole validation split, the last at the end
     patience: int = 0               # evaluations without a better score after which the run ends; 0 never ends it early
     log_every: int = 10             # steps between lines of train_log.jsonl
-    dtype: str = "float32"          # "float32", or "bfloat16" for autocast on a GPU
+    dtype: str = "float32"          # "float32", or "bfloat16" for autocast: on a GPU, or a CPU with instructions for it
     save_minutes: float = 5.0       # minutes between checkpoints, beside those of the evaluations
     compile: bool = False           # torch.compile the model
     seed: int = 0                   # of the weights, the batches and the samples
@@ -86,8 +86,8 @@ class SFTConfig(LoopConfig):
     "Instruction tuning: how many examples, how often, how gently."
     examples: int = 20_000          # instructions with their answers
     val_examples: int = 400         # held out, half of them about protagonists that training never names
-    drills: float = 1.0             # drills for each example: they practise nothing but the hero's name
-    replay: float = 0.15            # stories without an instruction for each example, so that those are not forgotten
+    drills: float = 1.0             # drills beside each example: they practise nothing but the hero's name
+    replay: float = 0.15            # plain stories of the pretraining for each example, so that those are not forgotten
     epochs: float = 1.0             # how often each example, and each drill, is seen
     batch_size: int = 8             # examples in a micro-batch
     lr: float = 2e-3
@@ -97,7 +97,7 @@ class SFTConfig(LoopConfig):
 
     @property
     def steps(self) -> int: # optimiser steps
-        return max(1, round(self.epochs * (1 + self.drills + self.replay) * self.examples) // (self.batch_size * self.grad_accum))
+        return max(1, round(self.epochs * (1 + self.replay) * self.examples) // (self.batch_size * self.grad_accum))
 
 @dataclass(frozen=True)
 class DPOConfig(SFTConfig):
@@ -110,7 +110,7 @@ class DPOConfig(SFTConfig):
     muon_lr: float = 4e-4
     beta: float = 0.1               # how firmly the reference holds the model back
     label_smoothing: float = 0.0    # share of the pairs believed to be the wrong way round
-    rpo_alpha: float = 0.1          # weight of the chosen answer's own loss per token, which keeps it likely; 0 is plain DPO
+    rpo_alpha: float = 1.0          # weight of the chosen answer's own loss per token, which keeps it likely; 0 is plain DPO
 
 # %% ../nbs/02_attention.ipynb #1b2fd1db
 def _check(ok, sentence):
@@ -159,7 +159,7 @@ _PRESETS = {
         SFTConfig(examples=160, val_examples=16, evals=2), DPOConfig(examples=80, val_examples=16, evals=2)),
     "laptop": Preset(
         ModelConfig(vocab_size=4_096, d_model=128, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=256), TrainConfig(stories=12_000, val_stories=500, tokens=800_000, evals=4),
-        SFTConfig(examples=3_500, val_examples=200, drills=1.5, lr=4e-3, muon_lr=1e-2, patience=0), DPOConfig(examples=600, lr=5e-4, muon_lr=1e-3, evals=3)),
+        SFTConfig(examples=3_500, val_examples=200, replay=0.4, lr=3e-3, muon_lr=7e-3, patience=0), DPOConfig(examples=600, lr=5e-4, muon_lr=1e-3, evals=3)),
     "full": Preset(ModelConfig(), TrainConfig()),
 }
 

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from nanomoe.checkpoint import load_checkpoint, load_model, save_checkpoint
 from nanomoe.config import ModelConfig, Preset, SFTConfig, TrainConfig
+from nanomoe.data import load_shards, write_shards
 from nanomoe.files import UserError
 from nanomoe.model import IGNORE, NanoMoE
-from nanomoe.sft import Examples, encode_drill, encode_example, make_drills, pad_rows, prompt_ids, score_answers, train_sft
+from nanomoe.sft import Examples, drilled_loss, encode_drill, encode_example, make_drills, pad_rows, plain_stories, prompt_ids, score_answers, side_by_side, train_sft
 from nanomoe.stories import storybook
 from nanomoe.synth import HELD_OUT_PROTAGONISTS, Seed, contains, is_held_out, read_rows, seed_row, write_rows
 from nanomoe.tokenizer import BOS, EOS, PAD, save_tokenizer, train_tokenizer
@@ -24,6 +25,9 @@ from nanomoe.train import read_log
 
 MODEL = ModelConfig(vocab_size=300, d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=16, max_seq_len=256)
 CHOSEN = Preset(MODEL, TrainConfig(), SFTConfig(examples=32, epochs=5, batch_size=4, drills=0.0, replay=0.0, evals=5, patience=0, log_every=1))     # 40 steps
+
+
+STORIES = [f"Once a fox had {i} red kites. They flew over the hill." for i in range(20)]
 
 
 def rows(split, n, start=0):
@@ -51,6 +55,7 @@ def prepared(tok, tmp_path_factory):
     folder = home / "data" / "synthetic"
     write_rows(folder / "sft_train.jsonl", rows("train", 32))
     write_rows(folder / "sft_val.jsonl", [*rows("val_seen", 6, 32), *rows("val", 6, 40)])
+    write_shards({"train": STORIES, "val": STORIES[:1]}, tok, home / "data" / "shards")
     return home
 
 
@@ -213,29 +218,37 @@ def test_a_drill_is_the_first_mention_alone(tok, story, hero, before, mention):
 
 def test_drills_are_about_the_hero(tok):
     stories = [row for row in rows("train", 8)]
-    drills = make_drills(tok, stories, 20)
-    assert len(drills) == 20 and drills == make_drills(tok, stories, 20) and make_drills(tok, stories, 0) == []
-    for i, (tokens, labels) in enumerate(drills):
+    drills = make_drills(tok, stories)
+    assert len(drills) == len(stories) and make_drills(tok, []) == []
+    for row, (tokens, labels) in zip(stories, drills):
         name = tok.decode([label for label in labels if label != IGNORE]).strip()
         assert tok.decode(tokens).startswith("Theme: ") and contains(tok.decode(tokens).split("\n\n")[0], f"about {name}") or contains(tok.decode(tokens), name)
-        assert name.lower() == stories[i % 8]["protagonist"].lower()
+        assert name.lower() == row["protagonist"].lower()
 
 
 @pytest.mark.parametrize("hero, story", [("brave teapot", "A brave\nteapot sang."), ("brave teapot", "A brave, teapot sang.")])
 def test_every_mention_that_the_filter_accepts_can_be_drilled(tok, hero, story):
     row = {**next(rows("train", 1)), "protagonist": hero, "response": story}
-    assert contains(story, hero) and len(make_drills(tok, [row], 2)) == 2
-
-
-def test_a_stand_in_is_no_word_of_its_story(tok):
-    row = {**next(rows("train", 1)), "protagonist": "Mia", "response": "zabel in the barn was Mia."}
-    for _, labels in make_drills(tok, [row] * 60, 60)[1::2]: assert labels.count(IGNORE) > len(prompt_ids(tok, row["instruction"])) + 3
+    assert contains(story, hero) and len(make_drills(tok, [row])) == 1
 
 
 def test_stories_without_an_instruction_are_part_of_the_training(home):
     "The model is not to forget how a story begins when nobody asks."
     best = train_sft(home, Preset(MODEL, TrainConfig(), replace(CHOSEN.sft, epochs=1, replay=0.5, evals=1)))
-    assert best["step"] == 12       # 32 examples and 16 of their stories, in batches of 4
+    assert best["step"] == 12       # 32 examples and 16 stories, in batches of 4
+
+
+@given(st.integers(1, 50))
+def test_plain_stories_are_whole_and_from_everywhere(tok, prepared, n):
+    told = plain_stories(load_shards(prepared / "data" / "shards", tok).train, n)
+    whole = [[BOS, *tok.encode(text).ids, EOS] for text in STORIES]
+    assert len(told) == n and all([*tokens, labels[-1]] in whole and tokens[1:] == labels[:-1] for tokens, labels in told)
+    assert len({str(tokens) for tokens, _ in told}) == min(n, 20)
+
+
+def test_replay_needs_the_shards(home):
+    shutil.rmtree(home / "data" / "shards")
+    with pytest.raises(UserError, match="prepare-data"): train_sft(home, Preset(MODEL, TrainConfig(), replace(CHOSEN.sft, replay=0.5)))
 
 
 def test_nothing_asked_is_a_story_alone(tok):
@@ -244,8 +257,26 @@ def test_nothing_asked_is_a_story_alone(tok):
 
 
 def test_drills_are_part_of_the_training(home):
-    best = train_sft(home, Preset(MODEL, TrainConfig(), replace(CHOSEN.sft, epochs=1, drills=1.0, evals=1)))
-    assert best["step"] == 16 == len(read_log(home / "artifacts" / "sft" / "train_log.jsonl"))      # 32 examples and 32 drills, in batches of 4
+    best = train_sft(home, Preset(MODEL, TrainConfig(), replace(CHOSEN.sft, epochs=1, drills=0.5, evals=1)))
+    log = read_log(home / "artifacts" / "sft" / "train_log.jsonl")
+    assert best["step"] == 8 == len(log) and all(row["drill"] > 0 for row in log)      # 32 examples in batches of 4, and 2 drills beside each
+
+
+def test_stories_and_drills_weigh_the_same(tok, model):
+    "Against torch's own loss, in value and gradient."
+    some = list(rows("train", 3))
+    stories, drills = pad_rows([encode_example(tok, row["instruction"], row["response"]) for row in some]), pad_rows(make_drills(tok, some[:1]))
+    parts = drilled_loss(model, *drills, *stories)[0]
+    def mean(tokens, labels): return torch.nn.functional.cross_entropy(model(tokens)[labels >= 0], labels[labels >= 0])
+    by_hand = mean(*stories) + mean(*drills)
+    torch.testing.assert_close(parts.ce + parts.drill, by_hand, atol=1e-5, rtol=1e-4)
+    ours, theirs = (torch.autograd.grad(loss, model.embed.weight)[0] for loss in (parts.ce + parts.drill, by_hand))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_side_by_side_shares_with_processes():
+    batches = side_by_side(lambda *place: ("drills", *place), lambda *place: ("stories", *place))
+    assert batches(3, 1, 2) == ("drills", 3, 1, 2, "stories", 3, 1, 2)
 
 
 # Scores
