@@ -316,7 +316,7 @@ def test_a_writer_is_asked_for_the_wrong_protagonist(tmp_path):
 # Training
 
 MODEL = ModelConfig(vocab_size=300, d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=16, max_seq_len=256)
-TINY = Preset(MODEL, TrainConfig(), SFTConfig(), DPOConfig(examples=24, epochs=4, batch_size=4, evals=4, patience=0, log_every=1, lr=2e-3, muon_lr=4e-3))   # 24 steps
+TINY = Preset(MODEL, TrainConfig(), SFTConfig(), DPOConfig(rpo_alpha=0.1, examples=24, epochs=4, batch_size=4, evals=4, patience=0, log_every=1, lr=2e-3, muon_lr=4e-3))   # 24 steps
 
 
 def rows(split, n):
