@@ -51,10 +51,11 @@ def orthogonalize(g: Tensor, # (..., m, n) matrices
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     gram = x.mT @ x if tall else x @ x.mT       # square, and small: all iterations happen here
     product = torch.eye(gram.shape[-1], device=g.device)
-    for _ in range(steps):
+    for left in reversed(range(steps)):
         p = b * gram + c * gram @ gram
         p.diagonal(dim1=-2, dim2=-1).add_(a)
-        product, gram = p @ product, p @ gram @ p   # x would become p x, so its Gram matrix p gram p
+        product = p @ product
+        if left: gram = p @ gram @ p            # x would become p x, so its Gram matrix p gram p
     return (x @ product if tall else product @ x).to(g.dtype)
 
 # %% ../nbs/04_pretrain.ipynb #b53691d4
