@@ -52,6 +52,7 @@ def load_checkpoint(path: str | Path) -> dict: # with the keys "config", "model"
     if not path.is_file(): raise UserError(f"There is no checkpoint {path}: train one with `nanomoe run`, or name another.")
     try: return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
     except (MemoryError, KeyboardInterrupt): raise
+    except PermissionError: raise UserError(f"{path} may not be read by you: change its permissions, or name another.") from None
     except Exception as error:  # torch.load raises whatever the damage happens to lead to
         raise UserError(f"{path} is damaged, or no checkpoint of Nano-MoE: restore it from a copy, or train again.") from error
 

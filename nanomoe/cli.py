@@ -158,8 +158,9 @@ def _at(home): return "" if home == Path(".") else f" --home {shlex.quote(str(ho
 def _find_checkpoint(home, name):
     "A checkpoint and its tokenizer: of the home, or of the clone if the home has none, or a file that is named."
     if Path(name).is_file():
-        beside = Path(name).parent / "tokenizer.json"
-        return Path(name), beside if beside.is_file() else home / "tokenizer.json"
+        path = Path(name).resolve()     # of another home, perhaps
+        tokenizers = [folder / "tokenizer.json" for folder in (path.parent, *path.parents[2:3])]
+        return Path(name), next((beside for beside in tokenizers if beside.is_file()), home / "tokenizer.json")
     if name not in ("latest", *STAGES): raise UserError(f"There is no checkpoint {name}: it is latest, {', '.join(STAGES)}, or a file.")
     place = home_or_shipped(home)
     if place != home: print(f"(There is no checkpoint in {home.resolve()}: this is the one that comes with the course.)", file=sys.stderr)
@@ -190,12 +191,15 @@ def run(preset: PresetName = "laptop", stories: Stories = "storybook", home: Hom
 def _run(home, stories, chosen, device, fresh):
     "The steps, each of which finds out what an earlier run has left to do."
     right = _shards_are_right(home, stories, chosen)
-    if not fresh and not right and (home / "artifacts" / "pretraining" / "ckpt_last.pt").exists() and not _made_of(home, stories, chosen):
+    there = find_checkpoints(home) or (home / "artifacts" / "pretraining" / "ckpt_last.pt").exists()
+    if not fresh and not right and there and not _made_of(home, stories, chosen):
         raise UserError(f"{home} holds a model trained on other stories or with other settings: give those again, add --fresh to replace it, or use another --home.")
     if fresh or not right:
         _write_shards(home, stories, chosen, _train_tokenizer(home, stories, chosen))
     else: out.print("Tokenizer and shards: there already, and right")
     _pretrain(home, chosen, device, fresh)
+    if not fresh and _synthetic_source(home).startswith("nanomoe "):
+        raise UserError(f"{home / 'data' / 'synthetic'} was made by another command: go on with `nanomoe train-sft{_at(home)}`, add --fresh to replace it, or use another --home.")
     if fresh or not _synthetic_is_right(home, stories, chosen): _make_data(home, stories, chosen)
     else: out.print("Instructions and pairs: there already, and right")
     for stage in ("sft", "dpo"): _tune(stage, home, chosen, device, fresh)
@@ -257,13 +261,21 @@ def _describe_synthetic(stories, chosen):
     return f"{_describe(stories, chosen)}, {chosen.sft.examples} + {chosen.dpo.examples} + {chosen.sft.val_examples} instructions"
 
 
-def _synthetic_is_right(home, stories, chosen):
+def _synthetic_source(home): # what data/synthetic is made of, or "" if that is not known
     from nanomoe.synth import read_rows
+    try: return str(read_rows(home / "data" / "synthetic" / "meta.jsonl", "source")[-1]["source"])
+    except (UserError, IndexError): return ""
+
+
+def _note_source(home, command):
+    from nanomoe.synth import write_rows
+    write_rows(home / "data" / "synthetic" / "meta.jsonl", [{"source": f"nanomoe {command}"}])
+
+
+def _synthetic_is_right(home, stories, chosen):
     folder = home / "data" / "synthetic"
-    try: rows = read_rows(folder / "meta.jsonl", "source")
-    except UserError: return False
     files = ("prompt_seeds", "sft_train", "sft_val", "dpo_train", "dpo_val")
-    return rows[-1]["source"] == _describe_synthetic(stories, chosen) and all((folder / f"{name}.jsonl").is_file() for name in files)
+    return _synthetic_source(home) == _describe_synthetic(stories, chosen) and all((folder / f"{name}.jsonl").is_file() for name in files)
 
 
 def _tune(stage, home, chosen, device, fresh):
@@ -273,7 +285,8 @@ def _tune(stage, home, chosen, device, fresh):
     from nanomoe.synth import load_prompt_seeds
     from nanomoe.tokenizer import EOS, load_tokenizer
     import torch
-    tok, asked = load_tokenizer(home / "tokenizer.json"), next(seed for seed in load_prompt_seeds(home) if seed.split == "val_seen")
+    tok, asked = load_tokenizer(home / "tokenizer.json"), next((seed for seed in load_prompt_seeds(home) if seed.split == "val_seen"), None)
+    if asked is None: raise UserError("prompt_seeds.jsonl holds no instruction for val_seen: make it again with `nanomoe make-prompt-seeds`.")
 
     def sample(model):
         ids = torch.tensor([prompt_ids(tok, asked.instruction)], device=model.embed.weight.device)
@@ -346,10 +359,9 @@ def make_prompt_seeds(preset: PresetName = "laptop", stories: Stories = "storybo
     "Read instructions off the stories: protagonist, theme, phrases and length, for training and for two kinds of validation."
     _check_home(home)
     chosen = _choose(preset, set, seed)
-    with _alone(home): _make_seeds(home, _open_split(stories, chosen), chosen)
-
-
-def _llm_options(model, concurrency, limit, timeout): return dict(model=model, concurrency=concurrency, limit=limit or None, timeout=timeout)
+    with _alone(home):
+        _make_seeds(home, _open_split(stories, chosen), chosen)
+        _note_source(home, "make-prompt-seeds")
 
 
 @app.command()
@@ -372,8 +384,10 @@ def make_sft_data(preset: PresetName = "laptop", stories: Stories = "storybook",
         cost = expected_cost(left, 400, price_in, price_out)
         out.print(f"{cost['requests']:,} requests, about {cost['prompt_tokens']:,} prompt tokens, at most {cost['answer_tokens']:,} answer tokens: {cost['cost']:.2f} at these prices, for the first attempt")
         return
-    write = corpus_writer(_open_split(stories, chosen)) if writer == "corpus" else llm_writer(answers, attempts, **_llm_options(model, concurrency, 0, timeout))
-    with _alone(home): _report("Answers", make_sft_data(home, write, seeds))
+    write = corpus_writer(_open_split(stories, chosen)) if writer == "corpus" else llm_writer(answers, attempts, model=model, concurrency=concurrency, timeout=timeout)
+    with _alone(home):
+        _report("Answers", make_sft_data(home, write, seeds))
+        _note_source(home, "make-sft-data")
 
 
 def _check_writer(writer):
@@ -384,7 +398,7 @@ def _some_of(seeds, limit):
     "The first of each split, so that there is something to train on and something to validate with."
     splits = {}
     for seed in seeds: splits.setdefault(seed.split, []).append(seed)
-    share = max(1, limit // len(splits))
+    share = max(1, limit // max(1, len(splits)))
     return [seed for held in splits.values() for seed in held[:share]]
 
 
@@ -408,8 +422,10 @@ def make_dpo_data(preset: PresetName = "laptop", stories: Stories = "storybook",
     seeds = _share_out(load_prompt_seeds(home), chosen)[1]
     if limit: seeds = _some_of(seeds, limit)
     answers = home / "data" / "synthetic" / "dpo_answers.jsonl"
-    pairs = exchanged_pairs(corpus_writer(_open_split(stories, chosen))) if writer == "corpus" else asked_pairs(llm_writer(answers, attempts, **_llm_options(model, concurrency, 0, timeout)))
-    with _alone(home): _report("Pairs", make_dpo_data(home, both_ways(pairs), seeds))
+    pairs = exchanged_pairs(corpus_writer(_open_split(stories, chosen))) if writer == "corpus" else asked_pairs(llm_writer(answers, attempts, model=model, concurrency=concurrency, timeout=timeout))
+    with _alone(home):
+        _report("Pairs", make_dpo_data(home, both_ways(pairs), seeds))
+        _note_source(home, "make-dpo-data")
 
 
 @app.command()
@@ -579,6 +595,7 @@ def bench_train(steps: Annotated[int, typer.Option(min=2, help="Timed steps of e
     "Training steps of this model beside transformers' GraniteMoeShared of the same shape: AdamW, float32, alternating in one process."
     import torch
     from nanomoe.model import NanoMoE
+    from nanomoe.export import hf_config
     try: from transformers import GraniteMoeSharedConfig, GraniteMoeSharedForCausalLM
     except ImportError: raise UserError("The benchmark compares with transformers: install it with `pip install 'nanomoe[export]'`.") from None
     torch.set_num_threads(threads)
@@ -586,11 +603,7 @@ def bench_train(steps: Annotated[int, typer.Option(min=2, help="Timed steps of e
     _check_memory(cfg)
 
     def theirs(experts):
-        config = GraniteMoeSharedConfig(
-            vocab_size=cfg.vocab_size, hidden_size=cfg.d_model, intermediate_size=cfg.d_ff, num_hidden_layers=cfg.n_layers,
-            num_attention_heads=cfg.n_heads, num_key_value_heads=cfg.n_kv_heads, num_local_experts=cfg.num_experts, num_experts_per_tok=cfg.top_k,
-            shared_intermediate_size=cfg.num_shared_experts * cfg.d_ff, max_position_embeddings=cfg.max_seq_len, attention_multiplier=cfg.head_dim ** -0.5,
-            embedding_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0, tie_word_embeddings=True)
+        config = GraniteMoeSharedConfig.from_dict(hf_config(cfg))
         config._experts_implementation = experts
         model = GraniteMoeSharedForCausalLM(config)
         return model, lambda x, y: model(x, labels=x).loss
@@ -717,6 +730,8 @@ def main():
         _leave(f"Error: {error}" if status == 1 else f"\n{error}", status)
     except BrokenPipeError: os._exit(1)     # the reader of our output has gone; nothing can be said to it
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG) and error.filename:
+            _leave(f"Error: {error.filename} cannot be used ({(error.strerror or '').lower()}): name another file or folder.", 1)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT): raise
         _leave("Error: The disk is full: free some space, and the same command goes on from what was saved.", 1)
     except (MemoryError, RuntimeError) as error:

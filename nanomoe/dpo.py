@@ -27,7 +27,7 @@ from .model import NanoMoE
 from .sft import Examples, encode_example, pad_rows, prompt_ids
 from .synth import Seed, broken_rules, contains, exchange, read_rows, repetition, seed_row, write_rows
 from .tokenizer import PAD, load_tokenizer
-from .train import fit, in_halves, processes
+from .train import autocast, fit, in_halves, processes
 
 # %% ../nbs/06_dpo.ipynb #d7e60f3b
 def stand_ins(seeds: list[Seed], texts: list[str], seed: int = 0) -> list[str | None]: # a wrong protagonist for each story
@@ -87,7 +87,7 @@ def make_dpo_data(home: str | Path, # gets dpo_train.jsonl and dpo_val.jsonl
     folder = Path(home) / "data" / "synthetic"
     write_rows(folder / "dpo_rejects.jsonl", rejects)
     for split, rows in kept.items():
-        if not rows: raise UserError(f"No pair for {split} kept the rules ({dict(counts)}): make more prompt seeds.")
+        if not rows: raise UserError(f"No pair for {split} kept the rules ({dict(counts)}): give `--stories` what the instructions were read off, or make more of those.")
     for split, rows in kept.items(): write_rows(folder / f"dpo_{split}.jsonl", rows)
     return counts
 
@@ -166,6 +166,7 @@ def collate_pairs(pairs: list[Pair]) -> tuple[Tensor, ...]:
     return tokens, labels, reference, torch.arange(len(pairs))
 
 def read_pairs(path: Path, tok: Tokenizer, room: int) -> list[Pair]: # those that fit into `room` tokens
+    "Encode the pairs of a file. Raises `UserError` if none of them fits."
     rows = read_rows(path, "id", "split", "instruction", "chosen", "rejected")
     pairs = [Pair(row["split"], prompt_ids(tok, row["instruction"]), encode_example(tok, row["instruction"], row["chosen"]),
                   encode_example(tok, row["instruction"], row["rejected"])) for row in rows]
@@ -175,10 +176,14 @@ def read_pairs(path: Path, tok: Tokenizer, room: int) -> list[Pair]: # those tha
 
 # %% ../nbs/06_dpo.ipynb #03c32842
 @torch.no_grad()
-def pair_logps(model: NanoMoE, pairs: list[Pair], batch_size: int = 8) -> list[tuple[float, float]]: # of the chosen and the rejected answer
+def pair_logps(model: NanoMoE, pairs: list[Pair], batch_size: int = 8,
+               dtype: str = "float32", # that of the training, or its first margins would be rounding
+              ) -> list[tuple[float, float]]: # nats, of the chosen and of the rejected answer, in the order of `pairs`
+    "The log-probabilities of whole answers, each the sum over its tokens."
     order, out = sorted(range(len(pairs)), key=lambda i: len(pairs[i].chosen[0])), {}
     device = next(model.parameters()).device
-    def logps_of(tokens, labels): return answer_logps(model.hidden(tokens.to(device))[0], model.embed.weight, labels.to(device)).tolist()
+    def logps_of(tokens, labels):
+        with autocast(device, dtype): return answer_logps(model.hidden(tokens.to(device))[0], model.embed.weight, labels.to(device)).tolist()
     for start in range(0, len(order), batch_size):
         batch = order[start:start + batch_size]
         tokens, labels, *_ = collate_pairs([pairs[i] for i in batch])
@@ -188,12 +193,12 @@ def pair_logps(model: NanoMoE, pairs: list[Pair], batch_size: int = 8) -> list[t
 
 def with_reference(path: Path, # where the log-probabilities are kept
                    key: str, # fingerprint of the pairs and the reference
-                   model: NanoMoE, pairs: list[Pair], batch_size: int) -> list[Pair]:
+                   model: NanoMoE, pairs: list[Pair], batch_size: int, dtype: str = "float32") -> list[Pair]:
     "The pairs with the reference's log-probabilities: from disk if they are there and fit, else computed."
     try: kept = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError): kept = {}
     if not isinstance(kept, dict) or kept.get("key") != key or len(kept.get("logps", ())) != len(pairs):
-        kept = {"key": key, "logps": pair_logps(model, pairs, batch_size)}
+        kept = {"key": key, "logps": pair_logps(model, pairs, batch_size, dtype)}
         with write_atomically(path, "w") as file: json.dump(kept, file)
     return [pair._replace(reference=tuple(logps)) for pair, logps in zip(pairs, kept["logps"], strict=True)]
 
@@ -216,8 +221,9 @@ def train_dpo(home: str | Path, # has an instructed model and data/synthetic; ge
         check_tokenizer(tok, model)
         files = {split: folder / f"dpo_{split}.jsonl" for split in ("train", "val")}
         pairs = {split: read_pairs(path, tok, model.cfg.max_seq_len) for split, path in files.items()}
-        key = sha256_of(b"".join(path.read_bytes() for path in (base, *files.values())))
-        train, val = (with_reference(out / f"reference_{split}.json", key, reference, pairs[split], cfg.batch_size) for split in files)
+        key = sha256_of(b"".join((*(path.read_bytes() for path in (base, *files.values())), cfg.dtype.encode())))
+        train, val = (with_reference(out / f"reference_{split}.json", key, reference, pairs[split], cfg.batch_size, cfg.dtype) for split in files)
+        cfg = replace(cfg, examples=min(cfg.examples, len(train)))      # there may be fewer than were asked for
         if cfg.compile: model.hidden = torch.compile(model.hidden)
         batches = Examples(train, [len(pair.chosen[0]) for pair in train], cfg.batch_size, collate_pairs, cfg.seed)
         return fit(model, cfg, batches, dpo_objective(cfg), lambda model: score_pairs(model, val, cfg),
@@ -235,7 +241,7 @@ def _watched(sample, before): # the same sample, which ends the training if it r
 # %% ../nbs/06_dpo.ipynb #9b10b1f1
 def score_pairs(model: NanoMoE, pairs: list[Pair], cfg: DPOConfig) -> dict:
     "Loss, accuracy and rewards on held-out pairs: all, and the accuracy of each split apart. Raises `UserError` on a collapse."
-    logps, ref = torch.tensor(pair_logps(model, pairs, cfg.batch_size)), torch.tensor([pair.reference for pair in pairs])
+    logps, ref = torch.tensor(pair_logps(model, pairs, cfg.batch_size, cfg.dtype)), torch.tensor([pair.reference for pair in pairs])
     result = dpo_loss(*logps.T, *ref.T, cfg.beta, cfg.label_smoothing)
     right = result.chosen > result.rejected
     tokens = sum(len(pair.chosen[1]) - len(pair.prompt) + 1 for pair in pairs)

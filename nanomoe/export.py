@@ -237,10 +237,10 @@ Measured before the export, in float32:
 _FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
 
 @contextmanager
-def _whole_folder(folder):
+def _whole_folder(folder, replaceable):
     "A new folder to write into. It takes the place of `folder` at the end; if anything fails before, all stays as it was."
     folder = Path(folder).resolve()
-    if folder.exists() and not _replaceable(folder):
+    if folder.exists() and not replaceable(folder):
         raise UserError(f"{folder} holds something other than an earlier export, and nothing was written: choose a new folder.")
     new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
     for leftover in folder.parent.glob(f".{escape(folder.name)}.*.tmp"):    # of a process that was killed
@@ -253,9 +253,10 @@ def _whole_folder(folder):
             if old.exists(): os.replace(old, folder)
             raise
     finally:
-        for rest in (new, old): shutil.rmtree(rest, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
+        if folder.exists(): shutil.rmtree(old, ignore_errors=True)
 
-def _replaceable(folder):
+def _is_export(folder): # or empty
     if not folder.is_dir(): return False
     names = {path.name for path in folder.iterdir()}
     if not names: return True
@@ -266,25 +267,37 @@ def _replaceable(folder):
 _COMMANDS = {"pretrain": "nanomoe pretrain", "sft": "nanomoe train-sft", "dpo": "nanomoe train-dpo"}
 
 def export_checkpoints(home: str | Path, # a folder with checkpoints, of one stage or more
-                       folder: str | Path, # new, or an earlier one
+                       folder: str | Path, # new, or an earlier one, which is replaced
                        note: str = "", # a sentence for the card: on which machine, for instance
                       ) -> Path:
     "Every stage's best checkpoint, which `nanomoe generate` and the app take from there as from a home. Raises `UserError` if there is none."
     home, folder = Path(home), Path(folder)
     if not (found := find_checkpoints(home)): raise UserError(f"{home} holds no checkpoint yet: make one with `nanomoe run --home {home}`.")
     tok, parts = load_tokenizer(home / "tokenizer.json"), []
-    for name, path in found.items():
-        model = load_model(path)
-        check_tokenizer(tok, model)
-        model.vocabulary = vocabulary_hash(tok)
-        facts = "\n".join(f"| {what} | {value} |" for what, value in _facts(path.resolve(), model, load_checkpoint(path).get("step")))
-        parts.append(f"## {STAGES[name]}.safetensors\n\nMade by `{_COMMANDS[name]}`, which printed (the instructions: `nanomoe scorecard`):\n\n| | |\n|---|---|\n{facts}\n{_kept(path.resolve())}")
-        save_checkpoint(folder / f"{STAGES[name]}.safetensors", model.bfloat16())
-        if config := _read_json(path.parent / "config.json"):
-            with write_atomically(folder / f"{STAGES[name]}.json", "w") as file: json.dump(config, file, indent=1)
-    save_tokenizer(tok, folder / "tokenizer.json")
-    with write_atomically(folder / "README.md", "w") as file: file.write("\n".join(("# Checkpoints\n", *([note + "\n"] if note else []), *parts)))
+    with _whole_folder(folder, _is_given) as new:
+        for name, path in found.items():
+            model, step = load_model(path), load_checkpoint(path).get("step")
+            check_tokenizer(tok, model)
+            model.vocabulary = vocabulary_hash(tok)
+            facts = "\n".join(f"| {what} | {value} |" for what, value in _facts(path.resolve(), model, step))
+            parts.append(f"## {STAGES[name]}.safetensors\n\nMade by `{_COMMANDS[name]}`:\n\n| | |\n|---|---|\n{facts}\n{_kept(path.resolve())}")
+            save_checkpoint(new / f"{STAGES[name]}.safetensors", _halved(model))
+            if config := _read_json(path.parent / "config.json"):
+                with write_atomically(new / f"{STAGES[name]}.json", "w") as file: json.dump(config, file, indent=1)
+        save_tokenizer(tok, new / "tokenizer.json")
+        with write_atomically(new / "README.md", "w") as file: file.write("\n".join(("# Checkpoints\n", *([note + "\n"] if note else []), *parts)))
     return folder
+
+def _is_given(folder): # an earlier one of these, or empty
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
+    ours = {"README.md", "tokenizer.json", *(f"{stage}.{kind}" for stage in STAGES.values() for kind in ("safetensors", "json"))}
+    return not names or names <= ours and any(name.endswith(".safetensors") for name in names)
+
+def _halved(model): # in bfloat16, but for the routers' bias: a nudge is smaller than its rounding
+    biases = [block.moe.bias for block in model.blocks]
+    model.bfloat16()
+    for block, bias in zip(model.blocks, biases): block.moe.bias = bias
+    return model
 
 # %% ../nbs/09_export.ipynb #666a2dda
 def _load(checkpoint_path, tokenizer_path):
@@ -310,7 +323,7 @@ def export_hf(checkpoint_path: str | Path,
     files = {"config.json": json.dumps(hf_config(model.cfg, family_of(model), dtype), indent=2), "README.md": model_card(checkpoint_path, model, dtype),
              "generation_config.json": json.dumps({"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}, indent=2),
              **hf_tokenizer(tok, model.cfg.max_seq_len)}
-    with _whole_folder(folder) as new:
+    with _whole_folder(folder, _is_export) as new:
         for name, text in files.items():
             with write_atomically(new / name, "w") as file: file.write(text)
         with write_atomically(new / "model.safetensors") as file:
@@ -385,8 +398,12 @@ def _write_home(home, model, tok, folder):
         raise UserError(f"The tokenizer in {folder} is not one of Nano-MoE's, or not this model's: import the model without a home.")
     for path in (checkpoint, tokenizer):
         if path.exists(): raise UserError(f"{path} is there already, and nothing was written: choose another --home.")
+    model.vocabulary = vocabulary_hash(tok)
     save_tokenizer(tok, tokenizer)
-    save_checkpoint(checkpoint, model)
+    try: save_checkpoint(checkpoint, model)
+    except BaseException:       # or the next attempt would say that there is something already
+        tokenizer.unlink(missing_ok=True)
+        raise
 
 # %% ../nbs/09_export.ipynb #64afd213
 def interleave(weight: Tensor, # (H * head_dim, D), each head's pairs in two halves
@@ -455,7 +472,7 @@ def export_gguf(checkpoint_path: str | Path,
     "Write a file that llama.cpp and all that is built on it can run."
     gguf, file = _gguf(), Path(file)
     if kind not in _KINDS: raise UserError(f'kind="{kind}" is unknown; choose from {", ".join(_KINDS)}.')
-    if file.is_dir() or file.is_file() and file.read_bytes()[:4] not in (b"", b"GGUF"):
+    if file.is_dir() or file.is_file() and _first_bytes(file) not in (b"", b"GGUF"):
         raise UserError(f"{file} is something other than a GGUF file, and nothing was written: choose another name.")
     model, tok = _load(checkpoint_path, tokenizer_path)
     with write_atomically(file) as out:
@@ -468,6 +485,9 @@ def export_gguf(checkpoint_path: str | Path,
         writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
         writer.close()
     return file
+
+def _first_bytes(file):
+    with open(file, "rb") as there: return there.read(4)
 
 def _add_fact(writer, name, fact):
     add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}

@@ -124,6 +124,7 @@ def bench_decode(cfg: ModelConfig | None = None, # the `full` shape if None
                 ) -> dict[str, float]: # name -> tokens written per second, the median over the runs
     "How fast several ways of decoding are, on random weights in float32. They take turns, run by run."
     cfg, before = cfg or ModelConfig(), torch.get_num_threads()
+    if prompt + new > cfg.max_seq_len: raise UserError(f"{prompt} tokens and {new} more do not fit into the context of {cfg.max_seq_len}: read or write fewer.")
     torch.set_num_threads(threads)
     try:
         model, eight = NanoMoE(cfg).eval(), torch.randint(cfg.vocab_size, (8, prompt))

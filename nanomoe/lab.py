@@ -19,12 +19,13 @@ from typing import NamedTuple
 
 import torch
 
+from .checkpoint import vocabulary_hash
 from .config import ModelConfig, Preset, TrainConfig
 from .data import Batches, Shards, eval_windows, load_shards
 from .files import UserError, sha256_of, write_atomically
 from .model import NanoMoE
 from .tokenizer import load_tokenizer
-from .train import Objective, _autocast, _step, fit, make_optimizers, processes
+from .train import Objective, autocast, fit, make_optimizers, processes, train_step
 
 # %% ../nbs/04b_lab.ipynb #d51cb4b1
 def dense(cfg: ModelConfig, # a mixture
@@ -76,7 +77,7 @@ def examine(model: NanoMoE,
     "Loss, load and entropy over the whole validation split."
     device, nats, tokens, load, entropy = model.embed.weight.device, 0.0, 0, 0, 0.0
     for x, y in eval_windows(shards.val, cfg.batch_size, cfg.seq_len):
-        with _autocast(device, cfg.dtype): losses, counts, means = model.loss_and_routing(x.to(device), y.to(device))
+        with autocast(device, cfg.dtype): losses, counts, means = model.loss_and_routing(x.to(device), y.to(device))
         targets = (y >= 0).sum().item()
         nats, tokens = nats + losses.ce.item() * targets, tokens + targets
         load, entropy = load + counts, entropy + means.mean().item() * targets
@@ -94,19 +95,20 @@ def race(home: str | Path, # has tokenizer.json and data/shards
         ) -> dict[str, float]: # training tokens per second of each, by its name; on a CPU, of one thread
     "Train all variants in turns, a step each; the fastest step counts."
     shards = _open(home)
-    path = Path(home) / "artifacts" / "lab" / f"race-{_key([v.preset for v in variants], rounds, shards, device)}.json"
+    path = Path(home) / "artifacts" / "lab" / f"race-{_key([v.preset for v in variants], [v.name for v in variants], rounds, shards, device)}.json"
     if path.is_file() and not fresh: return _read(path)
     seconds = {variant.name: [] for variant in variants}
     with processes(device, variants[0].preset.train) as device:
         clock, threads = time.process_time if device.type == "cpu" else time.perf_counter, torch.get_num_threads()
         torch.set_num_threads(1)    # or the processor's time would count each thread
-        runners = [_runner(variant, shards, device) for variant in variants]
-        for step in range(rounds + 1):
-            for name, run in zip(seconds, runners):
-                start = clock()
-                tokens = run(step)
-                if step: seconds[name].append((clock() - start) / tokens)
-        torch.set_num_threads(threads)
+        try:
+            runners = [_runner(variant, shards, device) for variant in variants]
+            for step in range(rounds + 1):
+                for name, run in zip(seconds, runners):
+                    start = clock()
+                    tokens = run(step)
+                    if step: seconds[name].append((clock() - start) / tokens)
+        finally: torch.set_num_threads(threads)
     speeds = {name: 1 / min(each) for name, each in seconds.items()}
     with write_atomically(path, "w") as file: json.dump(speeds, file, indent=1)
     return speeds
@@ -119,7 +121,7 @@ def _runner(variant, shards, device): # a function that trains one step and retu
 
     def run(step):
         micro = [[t.to(device) for t in batches[step * cfg.grad_accum + i]] for i in range(cfg.grad_accum)]
-        _step(objective, model, cfg, optimizers, micro, step)
+        train_step(objective, model, cfg, optimizers, micro, step)
         return cfg.batch_size * cfg.seq_len * cfg.grad_accum
 
     return run
@@ -153,6 +155,7 @@ def train_variant(home: str | Path, # has tokenizer.json and data/shards; gets a
     with processes(device, cfg) as device:
         torch.manual_seed(cfg.seed)
         model = NanoMoE(_shape(variant, shards)).to(device).train()
+        model.vocabulary = vocabulary_hash(load_tokenizer(Path(home) / "tokenizer.json"))
         found = fit(model, cfg, Batches(shards.train, cfg.batch_size, cfg.seq_len, cfg.seed), NanoMoE.loss_and_routing,
                     lambda model: examine(model, shards, cfg), folder, sha256_of(json.dumps(shards.meta, sort_keys=True)))
     row = {"group": variant.group, "variant": variant.name, "experts": variant.experts,

@@ -314,7 +314,7 @@ def _run(work):
             ended = pool.submit(loop.run_until_complete, task)
             try:
                 while wait([ended], timeout=0.2).not_done: pass     # in short waits, so that Ctrl-C is heard on every system
-            except KeyboardInterrupt:
+            except BaseException:       # Ctrl-C, or the SystemExit that the command line makes of it
                 loop.call_soon_threadsafe(task.cancel)
                 raise
         return ended.result()
@@ -362,7 +362,7 @@ def write_with_llm(requests: Iterable[Request],
         watched = sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ   # a terminal, or a notebook that somebody has open
         with tqdm(total=len(requests), initial=len(requests) - len(left), unit="answer", disable=not watched) as bar:
             try: return kept + _run(_ask_all(asker, todo, path, concurrency, bar))
-            except KeyboardInterrupt: pass
+            except (KeyboardInterrupt, SystemExit): pass
         done = len(requests) - len(unanswered(requests, path))
         raise Interrupted(f"Stopped with {done:,} of {len(requests):,} requests answered, all of them in {path}: the same command goes on from there.")
 
@@ -450,7 +450,9 @@ def _start_llama(host, port, model_path, context, parallel, threads=max(1, (os.c
     except BaseException:
         process.kill()
         raise
-    if not address: raise UserError(f"llama.cpp cannot serve {path}: it is no GGUF file, or too big for this machine's memory.")
+    if not address:
+        process.wait()
+        raise UserError(f"llama.cpp cannot serve {path}: it is no GGUF file, or too big for this machine's memory.")
     return process, f"{address}/v1"
 
 # %% ../nbs/05b_llm_writer.ipynb #d0af3918

@@ -99,7 +99,7 @@ def train_sft(home: str | Path, # has a pretrained model and data/synthetic; get
         check_tokenizer(tok, model)
         train, val = (_encode_file(folder / f"sft_{split}.jsonl", tok, model.cfg.max_seq_len) for split in ("train", "val"))
         if cfg.compile: model.hidden = torch.compile(model.hidden)
-        stories = [row for _, row in train]
+        stories, cfg = [row for _, row in train], replace(cfg, examples=min(cfg.examples, len(train)))      # there may be fewer than were asked for
         if cfg.replay: stories += _fitting(plain_stories(load_shards(home / "data" / "shards", tok).train, round(cfg.replay * len(train))), model)
         drills = _fitting(make_drills(tok, read_rows(folder / "sft_train.jsonl", *_KEYS)), model) if cfg.drills else []
         batches, loss = _examples(stories, cfg), NanoMoE.loss_and_routing

@@ -209,9 +209,9 @@ def seed_from(row: dict) -> Seed: # UserError for values of another kind
     values = {name: tuple(row[name]) if isinstance(row[name], list) else row[name] for name in Seed.__dataclass_fields__}
     phrases = [values["required"], values["banned"]]
     lists = all(isinstance(each, tuple) for each in phrases)
-    words = [values["protagonist"], values["theme"], values["pronoun"]] + [word for each in phrases if lists for word in each]
+    words = [values["id"], values["protagonist"], values["theme"], values["pronoun"]] + [word for each in phrases if lists for word in each]
     numbers = [values["min_sentences"], values["max_sentences"], values["story"]]
-    if not (lists and values["protagonist"] and all(isinstance(word, str) for word in words) and all(type(number) is int for number in numbers)):
+    if not (lists and values["required"] and values["protagonist"] and all(isinstance(word, str) for word in words) and all(type(number) is int for number in numbers)):
         raise UserError(f"The instruction {values['id']} has a value of the wrong kind: make it again with `nanomoe make-prompt-seeds`.")
     return Seed(**values)
 
@@ -272,6 +272,6 @@ def make_sft_data(home: str | Path, # has prompt_seeds.jsonl; gets sft_train.jso
     folder = Path(home) / "data" / "synthetic"
     write_rows(folder / "rejects.jsonl", rejects)
     for split, rows in kept.items():
-        if not rows: raise UserError(f"No answer for {split} kept the rules ({dict(counts)}): ask another writer, or for more.")
+        if not rows: raise UserError(f"No answer for {split} kept the rules ({dict(counts)}): give `--stories` what the instructions were read off, or ask another writer.")
     for split, rows in kept.items(): write_rows(folder / f"sft_{split}.jsonl", rows)
     return counts

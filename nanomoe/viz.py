@@ -22,7 +22,7 @@ from matplotlib.patches import Patch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .checkpoint import load_model
+from .checkpoint import check_tokenizer, load_model
 from .data import load_shards
 from .files import UserError, find_checkpoints, write_atomically
 from .generate import encode_prompt, stream, tell_story
@@ -327,7 +327,7 @@ def scorecard_figure(scores: dict, # {"base": {metric: {"mean": …, "low": …,
     stages = [stage for stage in scores if any(stage in row for ways in panels.values() for row in ways.values())]
     columns, width = min(4, len(panels)), 0.8 / len(stages)
     figure = Figure(figsize=(0.4 + 2.6 * columns, 0.3 + 2.3 * -(-len(panels) // columns)), layout="constrained")
-    axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flat
+    axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flatten()
     for (metric, ways), ax in zip(panels.items(), axes):
         once = list(ways) == [""]
         for i, stage in enumerate(stages):
@@ -339,7 +339,7 @@ def scorecard_figure(scores: dict, # {"base": {metric: {"mean": …, "low": …,
         style_axes(ax, metric.replace("_", " "), xticks=range(len(names)), xticklabels=names, xlim=(-0.6, len(names) - 0.4))
         if not once: ax.tick_params(axis="x", labelsize=7)
         ax.margins(y=0.15)
-    for ax in list(axes)[len(panels):]: ax.set_axis_off()
+    for ax in axes[len(panels):]: ax.set_axis_off()
     figure.legend([Patch(facecolor=PALETTE[i % len(PALETTE)], hatch=["", "///", "..."][i % 3], edgecolor="white") for i in range(len(stages))], stages,
                   loc="outside lower left", ncols=len(stages), frameon=False, fontsize=9)
     return figure
@@ -365,6 +365,7 @@ def make_plots(home, # a folder with checkpoints
     home = Path(home)
     models = {name: load_model(path, device) for name, path in find_checkpoints(home).items()}
     if not models: raise UserError(f"{home} holds no checkpoint yet: make one with `nanomoe run --home {home}`.")
+    for model in models.values(): check_tokenizer(load_tokenizer(home / "tokenizer.json"), model)
     openings, figures = _openings(home, prompts), {}
     if (home / "artifacts" / "pretraining" / "train_log.jsonl").is_file():
         figures["pretrain_training_summary"] = plot_training(home / "artifacts" / "pretraining")
