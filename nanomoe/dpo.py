@@ -129,7 +129,7 @@ class DPOBreakdown(NamedTuple):
     chosen_reward: Tensor
     rejected_reward: Tensor
     margin: Tensor
-    kl: Tensor              # nats per answer: half the mean squared log-ratio to the reference, on the answers of the pairs (Schulman's k2)
+    kl: Tensor              # nats per answer: how far the model is from the reference, estimated by half the mean squared log-ratio (Schulman's k2)
     accuracy: Tensor        # share of the pairs with a margin above 0: better than the reference told them apart
     chosen_logp: Tensor     # nats per token of the chosen answers, as a log-probability
     load_balance: Tensor

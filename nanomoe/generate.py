@@ -31,7 +31,7 @@ def keep_likely(logits: Tensor, # (B, V)
     if top_p is not None and top_p < 1:
         best, order = logits.sort(descending=True)
         before = best.softmax(-1).cumsum(-1) - best.softmax(-1)     # probability of all that is likelier
-        far = (before > top_p).scatter(-1, order, before >= top_p)
+        far = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)     # from sorted places back to the tokens' own
         far.scatter_(-1, order[:, :1], False)
         logits = logits.masked_fill(far, -torch.inf)
     if min_p: logits = logits.masked_fill(logits < logits.max(-1, keepdim=True).values + torch.tensor(min_p).log(), -torch.inf)

@@ -398,7 +398,7 @@ def expected_cost(requests: Iterable[Request],
                   price_in: float = 0.0, # for a million prompt tokens
                   price_out: float = 0.0, # for a million answer tokens
                  ) -> dict: # requests, prompt_tokens, answer_tokens, cost
-    "What the requests cost at most. Prompt tokens are estimated: a token for 4 bytes of text, and 4 tokens for a message's frame."
+    "What one round of the requests costs, if every answer is as long as allowed. Prompt tokens are estimated: a token for 4 bytes of text, and 4 tokens for a message's frame."
     requests = list(requests)
     texts = [message["content"] for request in requests for message in request.messages]
     prompt_tokens = sum(4 + math.ceil(len(text.encode("utf-8", "replace")) / 4) for text in texts)
