@@ -68,6 +68,32 @@ def test_another_run_in_the_same_home_replaces_nothing(home):
     assert before == {path: path.read_bytes() for path in before}
 
 
+def test_a_model_that_was_not_trained_here_is_not_replaced(home, tmp_path):
+    shutil.copytree(home / "data", tmp_path / "data")
+    for name in ("tokenizer.json", "artifacts/pretraining/ckpt_best.pt"):       # what `nanomoe import hf` leaves
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(home / name, tmp_path / name)
+    assert "was not trained here" in refused("pretrain", "--home", tmp_path, *TINY)
+    shutil.rmtree(tmp_path / "data")
+    assert "--fresh" in refused("run", "--home", tmp_path, *TINY)
+    for name in ("tokenizer.json", "artifacts/pretraining/ckpt_best.pt"): assert (tmp_path / name).read_bytes() == (home / name).read_bytes()
+
+
+def test_instructions_of_another_command_are_kept(home, tmp_path):
+    shutil.copytree(home, tmp_path / "copy")
+    assert nanomoe("make-sft-data", "--home", tmp_path / "copy", "--limit", 8, *TINY[:2], *TINY[4:]).returncode == 0
+    few = (tmp_path / "copy/data/synthetic/sft_train.jsonl").read_bytes()
+    assert "nanomoe train-sft --home" in refused("run", "--home", tmp_path / "copy", *TINY)
+    assert (tmp_path / "copy/data/synthetic/sft_train.jsonl").read_bytes() == few
+
+
+def test_instructions_of_other_stories(home, tmp_path):
+    shutil.copytree(home, tmp_path / "copy")
+    (tmp_path / "my.txt").write_text("<|endoftext|>".join(f"Once there was a fox. It had {i} friends. They ran." for i in range(200)))
+    for command in ("make-sft-data", "make-dpo-data"):
+        assert "--stories" in refused(command, "--home", tmp_path / "copy", "--stories", tmp_path / "my.txt", *TINY[:2], *TINY[4:])
+
+
 def test_seed_as_a_setting(tmp_path):
     for name, seed, more in (("none", 0, []), ("option", 7, []), ("setting", 0, ["seed=7"])):
         for command in (cli.tokenizer, cli.prepare_data): command(preset="smoke", home=tmp_path / name, seed=seed, set=[*TINY[5::2], *more])
@@ -231,6 +257,15 @@ def test_what_generate_refuses(home, tmp_path):
     assert "--temperature" in refused("generate", "--temperature", "1e-30", "--home", home)
 
 
+def test_a_checkpoint_of_another_home_brings_its_tokenizer(home, tmp_path):
+    told = nanomoe("generate", "Once", "--checkpoint", home / "artifacts/sft/ckpt_best.pt", "--home", tmp_path, "--max-new-tokens", 5)
+    assert told.returncode == 0 and told.stdout.startswith("Once"), told.stderr
+
+
+def test_a_name_that_no_file_can_have(home):
+    assert "too long" in refused("generate", "--checkpoint", "x" * 300, "--home", home)
+
+
 def test_another_tokenizer_is_refused(home, tmp_path):
     shutil.copytree(home, tmp_path / "copy")
     assert nanomoe("tokenizer", "--home", tmp_path / "copy", "--seed", 9, *TINY[:2], *TINY[4:]).returncode == 0
@@ -267,6 +302,7 @@ def test_help_is_quick_and_says_what_to_start_with():
 def test_benchmarks_print_ratios():
     done = nanomoe("bench", "train", "--preset", "smoke", "--steps", 2, "--batch-size", 1, "--set", "vocab_size=3", "--set", "max_seq_len=32", "--set", "seq_len=32")
     assert done.returncode == 0 and "transformers eager" in done.stdout and "x" in done.stdout, done.stderr
+    assert "do not fit" in refused("bench", "decode", "--preset", "smoke", "--prompt", 400, "--new", 300)
     done = nanomoe("bench", "data", "--preset", "smoke", "--runs", 1, "--set", "stories=50")
     assert done.returncode == 0 and "50 stories" in done.stdout and "write_shards" in done.stdout, done.stderr
 

@@ -68,6 +68,11 @@ def test_override():
     assert preset("full").model.d_model == 192
 
 
+@pytest.mark.parametrize("setting, says", [("sft.val_examples=1", "at least 2"), ("sft.dpo.lr=1", "write dpo.lr"), ("dpo.val_examples=4", "no setting"), ("dpo.replay=1", "no setting")])
+def test_settings_that_would_do_nothing_or_fail_late(setting, says):
+    assert says in sentence(lambda: override(preset("smoke"), [setting]))
+
+
 # Values that a person might type, values that a fuzzer would, and names that are nearly right.
 names = st.sampled_from(sorted(FIELDS)) | st.sampled_from(["d_modle", "head_dim", "steps", "__class__", "", "model", "lr "]) | st.text(max_size=12)
 values = (st.integers().map(str) | st.floats().map(str) | st.integers(-2, 600).map(str) | st.text(max_size=12)

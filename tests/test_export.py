@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from nanomoe.checkpoint import load_model, save_checkpoint
 from nanomoe.config import ModelConfig
-from nanomoe.export import config_from_hf, export_hf, family_of, hf_config, hf_tensors, import_hf
-from nanomoe.files import UserError
+from nanomoe.export import config_from_hf, export_checkpoints, export_hf, family_of, hf_config, hf_tensors, import_hf
+from nanomoe.files import UserError, find_checkpoints
 from nanomoe.generate import encode_prompt, generate, tell_story
 from nanomoe.tokenizer import BOS, load_tokenizer, save_tokenizer, tokenizer_hash, train_tokenizer
 from nanomoe.stories import storybook
@@ -361,3 +361,21 @@ def test_our_settings_travel(exported, home):
     config = json.loads((exported / "config.json").read_text(encoding="utf-8"))
     assert set(config["nano_moe"]) <= set(asdict(home[1].cfg))
     assert config["attention_multiplier"] == home[1].cfg.head_dim ** -0.5 and config["tie_word_embeddings"] is True
+
+
+def test_what_is_given_away_replaces_nothing_else(home, tmp_path):
+    folder = home[0]
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(UserError, match="other than an earlier export"): export_checkpoints(folder, tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+    given = export_checkpoints(folder, tmp_path / "given")
+    (given / "dpo.safetensors").write_bytes(b"of an earlier home")
+    assert [path.name for path in find_checkpoints(export_checkpoints(folder, given)).values()] == ["pretraining.safetensors"]
+    load_model(given / "pretraining.safetensors")
+
+
+def test_a_bias_is_given_away_exactly(tmp_path):
+    _, model, _ = make_home(tmp_path, replace(CONFIG, balance="bias"), bias=[0.5001, -0.2503, 0.1, 0.0])
+    given = load_model(export_checkpoints(tmp_path, tmp_path / "given") / "pretraining.safetensors")
+    assert all(theirs.moe.bias.equal(ours.moe.bias) for theirs, ours in zip(given.blocks, model.blocks))
+    assert given.embed.weight.equal(model.embed.weight.bfloat16().float())

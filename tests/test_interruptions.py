@@ -17,7 +17,7 @@ from nanomoe.data import write_shards
 from nanomoe.files import UserError
 from nanomoe.stories import storybook
 from nanomoe.tokenizer import save_tokenizer, train_tokenizer
-from nanomoe.train import pretrain, read_log
+from nanomoe.train import Stopped, pretrain, read_log
 
 TINY = Preset(ModelConfig(vocab_size=300, d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=16, max_seq_len=64),
               TrainConfig(tokens=64 * 8 * 40, batch_size=8, seq_len=64, evals=4, log_every=1))
@@ -98,6 +98,14 @@ def test_a_stop_saves_and_says_how_to_go_on(home, sent):
 # torchrun on this machine alone: it finds a port by itself, and host names, which may resolve to anything, play no part
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1")
 LOOPBACK = {"linux": {"GLOO_SOCKET_IFNAME": "lo"}, "darwin": {"GLOO_SOCKET_IFNAME": "lo0"}}.get(sys.platform, {})
+
+
+def test_a_stop_in_the_last_evaluation_is_heard(home):
+    def sample(model):
+        if len(read_log(home / "artifacts" / "pretraining" / "val_log.jsonl")) == 3: signal.raise_signal(signal.SIGINT)
+        return "Once."
+    with pytest.raises(Stopped, match="after the last step"): pretrain(home, TINY, sample=sample)
+    assert pretrain(home, TINY)["step"] == 40       # all of it was saved
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo under torchrun is for Linux and macOS")

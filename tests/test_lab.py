@@ -204,3 +204,14 @@ def test_a_dense_model_is_as_good_as_its_single_expert():
     gate, up = (x[0] @ moe.gate_up[0].T).chunk(2, -1)
     torch.testing.assert_close(moe(x)[0][0], torch.nn.functional.silu(gate) * up @ moe.down[0].T, rtol=1e-4, atol=1e-4)
     assert cfg.d_ff == 24 and moe(x)[1].weights.eq(1).all()
+
+
+def test_the_threads_come_back_after_a_mistake(shards_home, monkeypatch):
+    def fail(*_): raise UserError("no")
+    monkeypatch.setattr(lab, "train_step", fail)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(UserError, match="no"): lab.race(shards_home, lab.router_variants(SMALL)[:1], fresh=True)
+        assert torch.get_num_threads() == 2
+    finally: torch.set_num_threads(before)

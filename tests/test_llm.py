@@ -425,8 +425,8 @@ write_with_llm([Request(f"seed-{k}", 0, f"Write {k}.") for k in range(200)], sys
 """
 
 
-def start(path, server):
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(path), server.url], stderr=subprocess.PIPE, text=True)
+def start(path, server, script=SCRIPT):
+    return subprocess.Popen([sys.executable, "-c", script, str(path), server.url], stderr=subprocess.PIPE, text=True)
 
 
 def wait_for_lines(process, path, n):
@@ -457,9 +457,13 @@ def test_kill_in_the_middle_of_200_and_restart(server, tmp_path):
     assert letters - before <= 3 * 8        # what was under way when it was killed
 
 
-def test_ctrl_c_leaves_a_whole_file_and_says_how_to_go_on(server, tmp_path):
+AS_A_COMMAND = "import signal, sys; signal.signal(signal.SIGINT, lambda *_: sys.exit(130))" + SCRIPT     # as `nanomoe.cli.main` does
+
+
+@pytest.mark.parametrize("script", [SCRIPT, AS_A_COMMAND])
+def test_ctrl_c_leaves_a_whole_file_and_says_how_to_go_on(server, tmp_path, script):
     server.otherwise, path = "pause", tmp_path / "answers.jsonl"
-    process = start(path, server)
+    process = start(path, server, script)
     wait_for_lines(process, path, 30)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)

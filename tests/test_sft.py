@@ -260,6 +260,12 @@ def test_drills_are_part_of_the_training(home):
     best = train_sft(home, Preset(MODEL, TrainConfig(), replace(CHOSEN.sft, epochs=1, drills=0.5, evals=1)))
     log = read_log(home / "artifacts" / "sft" / "train_log.jsonl")
     assert best["step"] == 8 == len(log) and all(row["drill"] > 0 for row in log)      # 32 examples in batches of 4, and 2 drills beside each
+    alone = train_sft(home, Preset(MODEL, TrainConfig(), replace(CHOSEN.sft, epochs=1, evals=1)), fresh=True)
+    assert log[-1]["tokens"] > read_log(home / "artifacts" / "sft" / "train_log.jsonl")[-1]["tokens"] > 0 and alone["step"] == 8      # both halves of a batch are read
+
+
+def test_there_may_be_fewer_examples_than_were_asked_for(home):
+    assert train_sft(home, Preset(MODEL, TrainConfig(), replace(CHOSEN.sft, examples=1_000, epochs=1, evals=1)))["step"] == 8     # of 32, in batches of 4
 
 
 def test_stories_and_drills_weigh_the_same(tok, model):

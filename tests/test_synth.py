@@ -244,6 +244,8 @@ def test_seeds_survive_their_file(many):
 def test_rows_survive_json(seed, text):
     seed = replace(seed, protagonist=text or "x", required=(text, "b"))
     assert seed_from(json.loads(json.dumps(seed_row(seed)))) == seed
+    for change in ({"id": 1}, {"required": []}):
+        with pytest.raises(UserError, match="wrong kind"): seed_from({**json.loads(json.dumps(seed_row(seed))), **change})
 
 
 def test_prompts_and_stories_are_short(many):
