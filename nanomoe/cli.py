@@ -44,7 +44,7 @@ Writer = Annotated[str, typer.Option(help="Who answers the instructions: `corpus
 LLM = Annotated[str, typer.Option("--model", help="The LLM's name, for `--writer openai`.")]
 Concurrency = Annotated[int, typer.Option(min=1, help="Requests under way at the same time.")]
 Attempts = Annotated[int, typer.Option(min=1, help="How often an instruction is asked at most when an answer breaks a rule.")]
-Limit = Annotated[int, typer.Option(min=0, help="Use only so many instructions; 0 takes all.")]
+Limit = Annotated[int, typer.Option(min=0, help="Use only so many instructions, but at least one of each split; 0 takes all.")]
 Timeout = Annotated[float, typer.Option(min=1, help="Seconds to wait for one answer of the LLM.")]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile the model with torch.compile: a slow start, then faster steps.")]
 
