@@ -63,7 +63,7 @@ def _pick_device(name):
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto": return next(d for d in ("cuda", "mps", "cpu") if there[d])
     if name not in there: raise UserError(f'There is no device "{name}": choose from auto, {", ".join(there)}.')
-    if not there[name]: raise UserError(f'This machine, or its PyTorch, has no "{name}" device: leave --device out to take the best there is.')
+    if not there[name]: raise UserError(f'This machine, or its PyTorch, has no "{name}" device: take another, for instance --device auto, which finds the best there is.')
     return name
 
 
