@@ -360,6 +360,7 @@ def _openings(home, n, length=64):
 def make_plots(home, # a folder with checkpoints
                device: str = "cpu",
                prompts: int = 32, # validation stories to trace
+               new_tokens: int = 192, # how far the speed is measured, at most
               ) -> list[Path]:
     "Draw the figures of a home folder into reports/figs, for the checkpoints and reports that there are."
     home = Path(home)
@@ -374,7 +375,7 @@ def make_plots(home, # a folder with checkpoints
     figures["routing_confidence_hist"] = confidence_figure(
         {name: torch.cat([trace.confidence for trace in each], dim=1) for name, each in traces.items()})
     short = min(8, *map(len, openings))     # prompts of one length, and most of the way still to go
-    figures["kv_throughput_mean"] = throughput_figure(*measure_decoding(list(models.values())[-1], [opening[:short] for opening in openings[:3]]))
+    figures["kv_throughput_mean"] = throughput_figure(*measure_decoding(list(models.values())[-1], [opening[:short] for opening in openings[:3]], new_tokens))
     if (scorecard := home / "reports" / "scorecard.json").is_file():
         figures["scorecard"] = scorecard_figure(_read_scorecard(scorecard))
     return [_save(figure, home / "reports" / "figs" / f"{name}.png") for name, figure in figures.items()]
