@@ -28,6 +28,9 @@ SCRIPT = "<script>alert(1)</script>"
 WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 PATIENCE = 90_000   # milliseconds, for a machine that is busy with something else
 
+# A clone brings checkpoints. Where a test is about a home without one, or has no time for the full model, there are none.
+NOTHING_SHIPPED = "import nanomoe.files, pathlib; nanomoe.files.SHIPPED = pathlib.Path('nowhere'); "
+
 # A server that also ends when this process dies: its standard input closes then.
 LEASH = "import os, sys, threading; threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start(); "
 
@@ -231,7 +234,7 @@ def test_without_a_checkpoint_and_then_with_one(open_page, made, tmp_path):
     "Started by `streamlit run`, in a folder inside the home: its own settings bind it to this machine and find the home."
     home, port = tmp_path / "home", free_port()
     (home / "notes").mkdir(parents=True)
-    code = f"from streamlit.web.cli import main; main(['run', {app.__file__!r}, '--server.port={port}', '--server.headless=true'])"
+    code = f"{NOTHING_SHIPPED}from streamlit.web.cli import main; main(['run', {app.__file__!r}, '--server.port={port}', '--server.headless=true'])"
     env = {name: value for name, value in os.environ.items() if not name.startswith(("STREAMLIT_", "NANOMOE_HOME"))}
     with serving(code, port, tmp_path / "log", cwd=home / "notes", env={**env, "NANOMOE_HOME": str(home), "OMP_NUM_THREADS": "1"}) as url:
         if sys.platform == "linux": assert not answers("127.0.0.2", port), "it listens on more than 127.0.0.1"
@@ -261,10 +264,13 @@ def lab(root, tmp_path_factory):
         file = settings / "@jupyterlab" / f"{plugin}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(choice))
+    startup = settings / "ipython" / "profile_default" / "startup"     # every kernel runs what lies here
+    startup.mkdir(parents=True)
+    (startup / "00.py").write_text(NOTHING_SHIPPED)
     options = ["--no-browser", "--allow-root", f"--port={port}", "--ip=127.0.0.1", "--IdentityProvider.token=", f"--ServerApp.root_dir={folder}",
                "--ServerApp.disable_check_xsrf=True"]    # a stuck kernel is removed over HTTP
     env = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}   # pytest and Streamlit want no figures shown; a lesson does
-    env |= {"OMP_NUM_THREADS": "1",
+    env |= {"OMP_NUM_THREADS": "1", "IPYTHONDIR": str(settings / "ipython"),
            "JUPYTERLAB_SETTINGS_DIR": str(settings), "JUPYTER_CONFIG_DIR": str(settings),
            "JUPYTERLAB_WORKSPACES_DIR": str(settings / "workspaces"), "JUPYTER_RUNTIME_DIR": str(settings / "runtime"), "JUPYTER_PREFER_ENV_PATH": "1"}
     with serving(f"from jupyterlab.labapp import main; main({options!r})", port, log, cwd=folder, env=env) as url: yield url, log
