@@ -29,6 +29,12 @@ def nanomoe(*words, env={}, **more):
                           env={**os.environ, "PYTHONUTF8": "1", "COLUMNS": "200", **env}, **more)
 
 
+def as_installed(*words):
+    "The command line of a wheel, which brings no checkpoints."
+    code = "import nanomoe.files\nfrom pathlib import Path\nnanomoe.files.SHIPPED = Path('nowhere')\nimport nanomoe.cli\nnanomoe.cli.main()"
+    return subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, encoding="utf-8", env={**os.environ, "PYTHONUTF8": "1", "COLUMNS": "200"})
+
+
 def refused(*words):
     "The sentence on standard error."
     done = nanomoe(*words)
@@ -115,7 +121,7 @@ def test_names_print_as_they_are(home, tmp_path):
     odd = tmp_path / "a[b]c :smile:"
     done = nanomoe("tokenizer", "--home", odd, *TINY[:2], *TINY[4:])
     assert done.returncode == 0 and str(odd) in done.stdout, done.stdout
-    assert f"nanomoe run --home '{odd}'" in refused("generate", "--home", odd)
+    assert f"nanomoe run --home '{odd}'" in as_installed("generate", "--home", odd).stderr
 
 
 def test_an_edited_story_file_is_noticed(tmp_path):
@@ -246,8 +252,7 @@ def test_a_home_that_cannot_be_written(tmp_path):
 
 
 def test_what_generate_refuses(home, tmp_path):
-    code = "import sys, nanomoe.files\nfrom pathlib import Path\nnanomoe.files.SHIPPED = Path('nowhere')\nimport nanomoe.cli\nnanomoe.cli.main()"    # as in an installed wheel
-    alone = subprocess.run([sys.executable, "-c", code, "generate", "--home", tmp_path], capture_output=True, text=True)
+    alone = as_installed("generate", "--home", tmp_path)
     assert alone.returncode == 1 and alone.stderr.startswith("Error: ") and alone.stderr.count("\n") == 1 and "nanomoe run" in alone.stderr
     assert "context" in refused("generate", "word " * 600, "--home", home)
     broken = tmp_path / "broken.pt"
