@@ -26,7 +26,7 @@ from test_app import expected, made, save_model    # `made` is a fixture: a home
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the servers are stopped by a signal")
 SCRIPT = "<script>alert(1)</script>"
 WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
-PATIENCE = 90_000   # milliseconds, for a machine that is busy with something else
+PATIENCE = 180_000   # milliseconds, for a machine that is busy with something else
 
 # A clone brings checkpoints. Where a test is about a home without one, or has no time for the full model, there are none.
 NOTHING_SHIPPED = "import nanomoe.files, pathlib; nanomoe.files.SHIPPED = pathlib.Path('nowhere'); "
