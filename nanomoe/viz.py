@@ -348,9 +348,8 @@ def scorecard_figure(scores: dict, # {"base": {metric: {"mean": …, "low": …,
 _OPENINGS = ["Once upon a time there was a little girl named Lily.", "One day, a brave teapot went to the park.", "Tom and his mum walked to the big red house.",
              '"Can you help me?" said the small bird.', "It was raining, and the cat was sad.", "In the old garden there lived a kind frog."]
 
-def _openings(home, n, length=64):
+def _openings(home, tok, n, length=64):
     "The first tokens of the first validation stories; without shards, of a few sentences of our own."
-    tok = load_tokenizer(home / "tokenizer.json")
     try: val = torch.from_numpy(load_shards(home / "data" / "shards", tok).val[:1_000_000].astype("int64"))
     except UserError: return [encode_prompt(tok, text)[0] for text in _OPENINGS]
     stories = val.tensor_split((val == BOS).nonzero()[:, 0])[1:]
@@ -366,8 +365,9 @@ def make_plots(home, # a folder with checkpoints
     home = Path(home)
     models = {name: load_model(path, device) for name, path in find_checkpoints(home).items()}
     if not models: raise UserError(f"{home} holds no checkpoint yet: make one with `nanomoe run --home {home}`.")
-    for model in models.values(): check_tokenizer(load_tokenizer(home / "tokenizer.json"), model)
-    openings, figures = _openings(home, prompts), {}
+    tok = load_tokenizer(home / "tokenizer.json")
+    for model in models.values(): check_tokenizer(tok, model)
+    openings, figures = _openings(home, tok, prompts), {}
     if (home / "artifacts" / "pretraining" / "train_log.jsonl").is_file():
         figures["pretrain_training_summary"] = plot_training(home / "artifacts" / "pretraining")
     traces = {name: [trace_routing(model, opening[:model.cfg.max_seq_len]) for opening in openings] for name, model in models.items()}
