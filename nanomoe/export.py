@@ -289,7 +289,8 @@ def export_checkpoints(home: str | Path, # a folder with checkpoints, of one sta
     return folder
 
 def _is_given(folder): # an earlier one of these, or empty
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
+    if not folder.is_dir(): return False
+    names = {path.name for path in folder.iterdir()}
     ours = {"README.md", "tokenizer.json", *(f"{stage}.{kind}" for stage in STAGES.values() for kind in ("safetensors", "json"))}
     return not names or names <= ours and any(name.endswith(".safetensors") for name in names)
 
