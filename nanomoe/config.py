@@ -93,8 +93,8 @@ class TuneConfig(LoopConfig):
     patience: int = 2
 
     @property
-    def steps(self) -> int: # optimiser steps
-        return max(1, round(self.epochs * self.examples) // (self.batch_size * self.grad_accum))
+    def steps(self) -> int: # optimiser steps; plain stories that are replayed are examples, too
+        return max(1, round(self.epochs * (1 + getattr(self, "replay", 0)) * self.examples) // (self.batch_size * self.grad_accum))
 
 @dataclass(frozen=True)
 class SFTConfig(TuneConfig):
@@ -102,10 +102,6 @@ class SFTConfig(TuneConfig):
     val_examples: int = 400         # held out, half of them about protagonists that training never names
     drills: float = 1.0             # drills in a batch for each example in it: they practise nothing but the hero's name
     replay: float = 0.15            # plain stories of the pretraining for each example, so that those are not forgotten
-
-    @property
-    def steps(self) -> int: # the plain stories are examples, too
-        return max(1, round(self.epochs * (1 + self.replay) * self.examples) // (self.batch_size * self.grad_accum))
 
 @dataclass(frozen=True)
 class DPOConfig(TuneConfig):
@@ -187,9 +183,8 @@ def override(chosen: Preset, # where to start from
     for setting in settings:
         path, equals, text = (part.strip() for part in setting.partition("="))
         if not equals: raise UserError(f'"{setting}" is not a setting; write NAME=VALUE, for instance d_model=256.')
-        *owner, name = path.split(".")
-        if len(owner) > 1: raise UserError(f"\"{path}\" has a point too many: write {owner[-1]}.{name}.")
-        parts = owner or ("model", "train")     # without a prefix it is about pretraining
+        owner, _, name = path.rpartition(".")
+        parts = [owner] if owner else ["model", "train"]    # without a prefix it is about pretraining
         kinds = {part: get_type_hints(type(getattr(chosen, part))) for part in parts if part in changes}
         part = next((part for part in kinds if name in kinds[part]), None)
         if part is None: raise UserError(f'There is no setting "{path}"{_nearest(path, _setting_names(chosen))}; `nanomoe settings` lists them.')
