@@ -134,6 +134,15 @@ def choose(page, label, option):
     settle(page)
 
 
+def until(shown, click):
+    "Click until something is there: while Streamlit draws its page anew, a click is lost now and then."
+    for last in (False, False, False, True):
+        click()
+        try: return shown.wait_for(timeout=PATIENCE / 4)
+        except playwright.TimeoutError:
+            if last: raise
+
+
 def fits(page):
     "Nothing sticks out on the right, and nothing went wrong."
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
@@ -173,15 +182,15 @@ def test_the_app_from_a_story_to_its_routing(open_page, url, made, name, look):
     picture(page, f"{name}-4-side-by-side")
     fits(page)
 
-    page.get_by_text("Ask for a particular story").click()
-    page.get_by_text("Write this story").click()
+    until(page.get_by_text("Write this story"), page.get_by_text("Ask for a particular story").click)
+    until(page.get_by_text("does not repeat itself").nth(1), page.get_by_text("Write this story").click)
     page.get_by_text("does not repeat itself").nth(1).scroll_into_view_if_needed()
     settle(page)
     picture(page, f"{name}-5-form")
     fits(page)
 
-    page.get_by_text("Measure what the KV cache saves").click()
-    page.get_by_role("button", name="Measure sft").click()
+    until(page.get_by_role("button", name="Measure sft"), page.get_by_text("Measure what the KV cache saves").click)
+    until(page.get_by_text("times as fast"), page.get_by_role("button", name="Measure sft").click)
     page.get_by_text("times as fast").scroll_into_view_if_needed()
     chart = page.get_by_test_id("stImage").locator("img")
     assert chart.evaluate("e => e.complete && e.naturalWidth > 300")
