@@ -11,6 +11,7 @@ __all__ = ['STAGES', 'SLICES', 'judge_story', 'interval', 'judge_model', 'scorec
 # %% ../nbs/06_dpo.ipynb #8cc16b9e
 import json
 import math
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -49,20 +50,20 @@ def judge_model(generate, # `nanomoe.generate.generate`, which notebook 07 write
                 model: NanoMoE, tok: Tokenizer, seeds: list[Seed],
                 temperature: float, # 0 is greedy
                 max_new_tokens: int = 350,
-                batch_size: int = 50, # instructions answered side by side
-               ) -> dict[str, dict]: # metric -> its interval
+                batch_size: int = 100, # instructions answered side by side
+               ) -> dict[str, dict[str, dict]]: # split of the seeds -> metric -> its interval
     "Let a model answer instructions, and judge what it says."
-    device, results = model.embed.weight.device, []
+    device, results = model.embed.weight.device, defaultdict(list)
     prompts = [(seed, torch.tensor(prompt_ids(tok, seed.instruction), device=device)) for seed in seeds]
     fitting = sorted((pair for pair in prompts if len(pair[1]) < model.cfg.max_seq_len), key=lambda pair: len(pair[1]))
-    if not fitting: raise UserError("No instruction fits into the model's context: raise max_seq_len.")
+    if {seed.split for seed, _ in fitting} != {seed.split for seed in seeds}: raise UserError("No instruction fits into the model's context: raise max_seq_len.")
     for start in range(0, len(fitting), batch_size):
         batch = fitting[start:start + batch_size]
         rows = generate(model, [prompt for _, prompt in batch], max_new_tokens, eos_id=EOS, temperature=temperature, seed=start)
         for (seed, prompt), row in zip(batch, rows):
             answer = row[len(prompt):].tolist()
-            results.append(judge_story(tok.decode(answer), seed, answer[-1:] == [EOS]))
-    return {metric: interval([result[metric] for result in results]) for metric in results[0]}
+            results[seed.split].append(judge_story(tok.decode(answer), seed, answer[-1:] == [EOS]))
+    return {split: {metric: interval([one[metric] for one in judged]) for metric in judged[0]} for split, judged in results.items()}
 
 # %% ../nbs/06_dpo.ipynb #b2227f80
 STAGES = {"base": "pretraining", "sft": "sft", "dpo": "dpo"}    # their folders in artifacts/
@@ -77,6 +78,9 @@ def scorecard(generate, # as `judge_model` takes it
     if prompts < 2: raise UserError("The scorecard needs at least two prompts, one for each kind of protagonist.")
     home, tok = Path(home), load_tokenizer(Path(home) / "tokenizer.json")
     seeds, shards = load_prompt_seeds(home), load_shards(home / "data" / "shards", tok)
+    asked = [seed for split in SLICES.values() for seed in [seed for seed in seeds if seed.split == split][:prompts // 2]]
+    if missing := {*SLICES.values()} - {seed.split for seed in asked}:
+        raise UserError(f"prompt_seeds.jsonl holds no instruction for {' and '.join(sorted(missing))}: make it again with `nanomoe make-prompt-seeds`.")
     scores = {}
     for stage, folder in STAGES.items():
         path = home / "artifacts" / folder / "ckpt_best.pt"
@@ -84,10 +88,8 @@ def scorecard(generate, # as `judge_model` takes it
         model = load_model(path, device)
         check_tokenizer(tok, model)
         scores[stage] = {"bpb": evaluate(model, shards.val, shards.meta["splits"]["val"]["bytes"], 8, model.cfg.max_seq_len)["bpb"]}
-        for name, split in SLICES.items():
-            chosen = [seed for seed in seeds if seed.split == split][:prompts // 2]
-            if not chosen: raise UserError(f"prompt_seeds.jsonl holds no instruction for {split}: make it again with `nanomoe make-prompt-seeds`.")
-            scores[stage][name] = {way: judge_model(generate, model, tok, chosen, temperature) for way, temperature in (("greedy", 0.0), ("sampled", 0.8))}
+        judged = {way: judge_model(generate, model, tok, asked, temperature) for way, temperature in (("greedy", 0.0), ("sampled", 0.8))}
+        scores[stage] |= {name: {way: judged[way][split] for way in judged} for name, split in SLICES.items()}
     if not scores: raise UserError(f"{home} holds no checkpoint yet: train one with `nanomoe run --home {home}`.")
     with write_atomically(home / "reports" / "scorecard.json", "w") as file: json.dump(scores, file, indent=1)
     return scores

@@ -114,7 +114,7 @@ def test_metrics_of_hand_made_answers(tok, model):
     seeds = [replace(SEED, id=f"val-{i}", theme=theme) for i, theme in enumerate(["kindness", "courage", "patience", "sharing"])]
     stories = [(GOOD, True), (GOOD.replace("Mia", "Tom"), True), (GOOD.replace("red kite", "red hat") + " Cold rain fell. Oh.", True), (GOOD[:20], False)]
     calls = []
-    scores = judge_model(scripted(tok, {seed.instruction: story for seed, story in zip(seeds, stories)}, calls), model, tok, seeds, 0.0, batch_size=3)
+    scores = judge_model(scripted(tok, {seed.instruction: story for seed, story in zip(seeds, stories)}, calls), model, tok, seeds, 0.0, batch_size=3)["val"]
     means = {metric: score["mean"] for metric, score in scores.items()}
     assert means == {"protagonist": 0.75, "required_all": 0.5, "required_share": pytest.approx((1 + 1 + 0.5 + 0.5) / 4), "banned_absent": 0.75,
                      "length_kept": 0.5, "finished": 0.75, "repetition": 0.0}
@@ -125,9 +125,17 @@ def test_metrics_of_hand_made_answers(tok, model):
 
 def test_instructions_that_do_not_fit_are_left_out(tok, model):
     long = replace(SEED, id="long", required=("x " * 400,))
-    scores = judge_model(scripted(tok, {SEED.instruction: (GOOD, True)}), model, tok, [long, SEED], 0.0)
+    scores = judge_model(scripted(tok, {SEED.instruction: (GOOD, True)}), model, tok, [long, SEED], 0.0)["val"]
     assert scores["protagonist"]["n"] == 1
     with pytest.raises(UserError, match="No instruction fits"): judge_model(scripted(tok, {}), model, tok, [long], 0.0)
+    with pytest.raises(UserError, match="No instruction fits"):     # of one split
+        judge_model(scripted(tok, {SEED.instruction: (GOOD, True)}), model, tok, [replace(long, split="val_seen"), SEED], 0.0)
+
+
+def test_splits_are_answered_together_and_judged_apart(tok, model):
+    seeds, calls = [SEED, replace(SEED, id="new", split="val_seen", protagonist="Tom")], []
+    scores = judge_model(scripted(tok, {seed.instruction: (GOOD, True) for seed in seeds}, calls), model, tok, seeds, 0.0)
+    assert len(calls) == 1 and {split: score["protagonist"]["mean"] for split, score in scores.items()} == {"val": 1.0, "val_seen": 0.0}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
