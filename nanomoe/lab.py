@@ -194,8 +194,8 @@ def readable(rows: list[dict]) -> list[dict[str, str]]: # column -> text, for ea
         E = int(re.findall(r"\d+", row["experts"])[1])
         return {"variant": row["variant"], "experts": row["experts"], "active": f"{row['active'] / 1e6:.2f} M", "total": f"{row['total'] / 1e6:.2f} M",
                 **({"tokens": f"{row['tokens']:,}"} if len({row["tokens"] for row in rows}) > 1 else {}),
-                "bits/byte": f"{row['bpb']:.4f}", "load (1 = fair)": f"{row['load_min']:.2f} to {row['load_max']:.2f}" if E > 1 else "",
-                "entropy, bits": f"{row['entropy']:.2f} of {math.log2(E):.2f}" if E > 1 else "", "tokens/s": f"{row['tokens_per_s']:,.0f}"}
+                "bits/byte": f"{row['bpb']:.4f}", "load": f"{row['load_min']:.2f} to {row['load_max']:.2f}" if E > 1 else "",
+                "entropy": f"{row['entropy']:.2f} of {math.log2(E):.2f}" if E > 1 else "", "tokens/s": f"{row['tokens_per_s']:,.0f}"}
 
     return [cells(row) for row in rows]
 
@@ -242,6 +242,7 @@ def lab_figure(rows: list[dict]): # -> matplotlib Figure
         ax.spines[["left", "bottom"]].set_linewidth(0.6)
         ax.tick_params(width=0.6, labelsize=9)
         ax.locator_params(axis="x", nbins=4)
+    entropy.set_xticks([0, 0.5, 1], ["0", "½", "1"])
     return figure
 
 # %% ../nbs/04b_lab.ipynb #f3f6ea71

@@ -297,7 +297,7 @@ def fit(model: NanoMoE, cfg: LoopConfig,
             if writes and (done == 1 or done % cfg.log_every == 0 or done in evaluate_at):
                 speed, clock, seen = (tokens - seen) / (now - clock), now, tokens
                 train_log.write(step=done, tokens=tokens, **row, tokens_per_s=round(speed, 1), memory_mb=round(_memory_mb(device)))
-                bar.set_postfix_str(f"loss {row['loss']:.3f}, best {goal} {best[goal]:.3f}, {speed:,.0f} tokens/s")
+                bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed:,.0f} tokens/s" + (f", best {goal} {best[goal]:.3f}" if best["step"] else ""))
             bar.update()
             stop = _in_any_process(bool(asked), device)
             if done in evaluate_at:
@@ -310,7 +310,9 @@ def fit(model: NanoMoE, cfg: LoopConfig,
                     bar.write(f"step {done:,}: {_in_words(result)}" + (f"\n    {text[:200]!r}" if text else ""))
                     val_log.write(step=done, tokens=tokens, **result, sample=text)  # before the checkpoint: a resume can drop a row, and not make one up
                     _save_last(last, model, cfg, optimizers, done, tokens, best, data)
-                    if better: save_checkpoint(folder / "ckpt_best.pt", model)
+                    if better:
+                        save_checkpoint(folder / "ckpt_best.pt", model)
+                        bar.set_postfix_str(f"best {goal} {best[goal]:.3f}")
                 model.train()
                 clock = saved = time.perf_counter()
             elif writes and (stop or now - saved > 60 * cfg.save_minutes):
