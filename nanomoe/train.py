@@ -257,6 +257,19 @@ def _resume(path, model, cfg, optimizers, data):
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} cannot be resumed, it lacks what a resume needs: add --fresh to start anew.") from error
 
+def _begin(folder, model, cfg, optimizers, data, fresh, writes, nothing):
+    "Steps done, tokens read and the best score: of the run that was stopped here, or of one that has not begun."
+    last, best, start = folder / "ckpt_last.pt", folder / "ckpt_best.pt", (0, 0, nothing)
+    if last.is_file() and not fresh:
+        start = _resume(last, model, cfg, optimizers, data)
+        if start[2]["step"] == start[0] and writes: save_checkpoint(best, model)   # in case it was killed just between the two
+    elif best.is_file() and not (folder / "train_log.jsonl").is_file() and not fresh:   # imported, for instance
+        raise UserError(f"{best} was not trained here and cannot be gone on from: add --fresh to replace it, or use another --home.")
+    if writes:
+        with write_atomically(folder / "config.json", "w") as file: json.dump({"model": asdict(model.cfg), "train": asdict(cfg)}, file, indent=2)
+        if fresh: last.unlink(missing_ok=True)      # or, killed before its first save, the new run would go on as the old one
+    return start
+
 # %% ../nbs/04_pretrain.ipynb #7d82f1f2
 def fit(model: NanoMoE, cfg: LoopConfig,
         batch_at, # batch_at(micro_step, rank, world) -> tensors, the targets last: a pure function, so that a resume needs no state
@@ -270,17 +283,9 @@ def fit(model: NanoMoE, cfg: LoopConfig,
        ) -> dict: # the best score, with its step
     "Train until `cfg.steps`, saving as it goes; called again, it goes on where it stopped."
     folder, (rank, world), device = Path(folder), _place(), next(model.parameters()).device
-    optimizers, start, tokens, best = make_optimizers(model, cfg), 0, 0, {goal: math.inf, "step": 0}
-    last, writes = folder / "ckpt_last.pt", rank == 0       # one process writes the files
-    if last.is_file() and not fresh:
-        start, tokens, best = _resume(last, model, cfg, optimizers, data)
-        if best["step"] == start and writes: save_checkpoint(folder / "ckpt_best.pt", model)   # in case it was killed just between the two
-    elif (folder / "ckpt_best.pt").is_file() and not (folder / "train_log.jsonl").is_file() and not fresh:    # imported, for instance
-        raise UserError(f"{folder / 'ckpt_best.pt'} was not trained here and cannot be gone on from: add --fresh to replace it, or use another --home.")
-    if writes:
-        with write_atomically(folder / "config.json", "w") as file: json.dump({"model": asdict(model.cfg), "train": asdict(cfg)}, file, indent=2)
-        if fresh: last.unlink(missing_ok=True)      # or, killed before its first save, the new run would go on as the old one
-        train_log, val_log = Log(folder / "train_log.jsonl", start), Log(folder / "val_log.jsonl", start)
+    optimizers, last, writes = make_optimizers(model, cfg), folder / "ckpt_last.pt", rank == 0      # one process writes the files
+    start, tokens, best = _begin(folder, model, cfg, optimizers, data, fresh, writes, {goal: math.inf, "step": 0})
+    if writes: train_log, val_log = Log(folder / "train_log.jsonl", start), Log(folder / "val_log.jsonl", start)
     objective = Objective(model, loss)
     if world > 1: objective = DistributedDataParallel(objective, device_ids=[device.index] if device.type == "cuda" else None)
     evaluate_at = {round(cfg.steps * (i + 1) / cfg.evals) for i in range(cfg.evals)}
