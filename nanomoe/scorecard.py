@@ -78,7 +78,7 @@ def scorecard(generate, # as `judge_model` takes it
     if prompts < 2: raise UserError("The scorecard needs at least two prompts, one for each kind of protagonist.")
     home, tok = Path(home), load_tokenizer(Path(home) / "tokenizer.json")
     seeds, shards = load_prompt_seeds(home), load_shards(home / "data" / "shards", tok)
-    asked = [seed for split in SLICES.values() for seed in [seed for seed in seeds if seed.split == split][:prompts // 2]]
+    asked = sum(([seed for seed in seeds if seed.split == split][:prompts // 2] for split in SLICES.values()), [])
     if missing := {*SLICES.values()} - {seed.split for seed in asked}:
         raise UserError(f"prompt_seeds.jsonl holds no instruction for {' and '.join(sorted(missing))}: make it again with `nanomoe make-prompt-seeds`.")
     scores = {}
