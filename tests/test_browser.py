@@ -128,19 +128,23 @@ def send(page, prompt):
     box.press("Enter")
 
 
-def choose(page, label, option):
-    page.locator(f'[data-testid="stSelectbox"]:has-text("{label}") input').click()
-    page.get_by_role("option", name=option, exact=True).click()
-    settle(page)
-
-
 def until(shown, click):
-    "Click until something is there: while Streamlit draws its page anew, a click is lost now and then."
-    for last in (False, False, False, True):
-        click()
-        try: return shown.wait_for(timeout=PATIENCE / 4)
+    "Click until something is there: while Streamlit draws its page anew, a click is lost now and then, or the list that it opened closes."
+    for last in (False,) * 5 + (True,):
+        try:
+            click()
+            return shown.wait_for(timeout=PATIENCE / 6)
         except playwright.TimeoutError:
             if last: raise
+
+
+def choose(page, label, option):
+    box = page.get_by_test_id("stSelectbox").filter(has_text=label)
+    def click():
+        box.locator("input").click()
+        page.get_by_role("option", name=option, exact=True).click(timeout=PATIENCE / 20)
+    until(box.locator(f'input[value="{option}"]'), click)
+    settle(page)
 
 
 def fits(page):
@@ -164,11 +168,12 @@ def test_the_app_from_a_story_to_its_routing(open_page, url, made, name, look):
     send(page, f"Once upon a time {SCRIPT}")        # generate
     settle(page)
     page.get_by_text("first token after").first.wait_for()
+    settle(page)
     assert SCRIPT in page.get_by_test_id("stChatMessage").nth(1).inner_text()
     picture(page, f"{name}-2-story")
     fits(page)
 
-    if phone: page.get_by_test_id("stExpandSidebarButton").click()
+    if phone: until(page.get_by_test_id("stSidebarCollapseButton"), page.get_by_test_id("stExpandSidebarButton").click)
     choose(page, "Side by side with", "pretrain")   # compare
     if phone:
         picture(page, f"{name}-3-settings")
@@ -197,7 +202,7 @@ def test_the_app_from_a_story_to_its_routing(open_page, url, made, name, look):
     picture(page, f"{name}-6-benchmark")
     fits(page)
 
-    page.locator("label", has_text="Routing").click()
+    until(page.locator(".nm-tokens"), page.locator("label", has_text="Routing").click)
     settle(page)
     token = page.locator(".nm-tokens > span[data-tip]").nth(8)
     assert tip(token) in ("none", "normal")
@@ -231,9 +236,8 @@ def test_a_click_elsewhere_leaves_what_was_written(open_page, url):
     page = open_app(open_page, url)
     send(page, "One day")
     page.locator('[data-testid="stChatMessage"]').nth(1).wait_for()
-    page.locator("label", has_text="Routing").click()   # it may have been written to the end by now
-    settle(page)
-    page.locator("label", has_text="Stories").click()
+    until(page.locator(".nm-tokens"), page.locator("label", has_text="Routing").click)   # it may have been written to the end by now
+    until(page.get_by_placeholder("How does the story begin?"), page.locator("label", has_text="Stories").click)
     settle(page)
     assert page.get_by_test_id("stChatMessage").count() == 2
     fits(page)
