@@ -533,6 +533,7 @@ def generate(prompt: Annotated[str, typer.Argument(help="How the story begins; n
              min_p: Annotated[float, typer.Option(min=0, max=1, help="Draw from tokens at least this likely, relative to the likeliest.")] = 0.0,
              repetition_penalty: Annotated[float, typer.Option(min=0.1, help="Above 1, tokens that occurred become less likely.")] = 1.0,
              cache: Annotated[bool, typer.Option(help="Keep keys and values of earlier tokens (the same text either way).")] = True,
+             compile: Annotated[bool, typer.Option("--compile", help="One compiled function for each token (notebook 07): half a minute for the first start, some seconds for later ones, then twice as fast.")] = False,
              instruct: Annotated[bool, typer.Option("--instruct", help="The prompt is an instruction for `sft` or `dpo`, like those in data/synthetic/prompt_seeds.jsonl.")] = False,
              chat: Annotated[bool, typer.Option("--chat", help="Keep asking for prompts until an empty line.")] = False):
     "Let a trained model tell a story, as it comes to it."
@@ -544,7 +545,7 @@ def generate(prompt: Annotated[str, typer.Argument(help="How the story begins; n
     model, tok = load_model(path, device), load_tokenizer(tokenizer)
     check_tokenizer(tok, model)
     sampling = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k or None, top_p=top_p, min_p=min_p or None,
-                    repetition_penalty=repetition_penalty, seed=seed, use_cache=cache)
+                    repetition_penalty=repetition_penalty, seed=seed, use_cache=cache, compiled=compile)
     end = "\n\n" if instruct else ""    # an instruction ends with an empty line
     if not chat: return _tell(model, tok, prompt + end, sampling)
     while prompt or (prompt := _ask("Instruction: " if instruct else "Story begins: ")):
@@ -646,13 +647,14 @@ def bench_data(preset: PresetName = "laptop", stories: Stories = "storybook", ru
 def bench_decode_command(prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128, new: Annotated[int, typer.Option(min=2, help="Tokens to write.")] = 200,
                          runs: Annotated[int, typer.Option(min=1, help="Timed runs of each.")] = 3, threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
                          gguf: Annotated[Path | None, typer.Option(help="A file that `nanomoe export gguf` wrote: llama.cpp takes part with it (`pip install xllamacpp`). Export it from a model of the same shape.")] = None,
+                         compile: Annotated[bool, typer.Option("--compile", help="Let the compiled step take part.")] = False,
                          preset: PresetName = "full", set: Settings = []):
-    "Writing token by token: with and without cache, eight prompts at once, transformers with its cache, if it is installed, and llama.cpp with `--gguf`."
+    "Writing token by token: with and without cache, compiled with `--compile`, eight prompts at once, transformers with its cache, if it is installed, and llama.cpp with `--gguf`."
     from nanomoe.generate import bench_decode
     from nanomoe.llm import local_llm
     with local_llm(model_path=gguf, context=prompt + new + 8, parallel=1, threads=threads) if gguf else nullcontext() as url:
         also = {f"llama.cpp, {gguf.name}": _writer_at(url)} if url else {}
-        speeds = bench_decode(_choose(preset, set).model, prompt, new, runs, threads, also)
+        speeds = bench_decode(_choose(preset, set).model, prompt, new, runs, threads, also, compile)
     _print_speeds(f"Decoding, {prompt} + {new} tokens, {threads} threads, median of {runs} alternating runs", "tokens/s", speeds,
                   "transformers" if "transformers" in speeds else "without cache")
 
@@ -735,6 +737,7 @@ def main():
         if error.errno not in (errno.ENOSPC, errno.EDQUOT): raise
         _leave("Error: The disk is full: free some space, and the same command goes on from what was saved.", 1)
     except (MemoryError, RuntimeError) as error:
+        if type(error).__name__ == "InductorError": _leave("Error: --compile needs a C++ compiler and Python's header files, and one of them is missing: install them (for instance with `apt-get install g++ python3-dev`), or leave --compile away.", 1)
         if not is_out_of_memory(error): raise
         _leave("Error: The memory does not suffice: choose a smaller model, or a smaller batch with `--set batch_size=1`.", 1)
 

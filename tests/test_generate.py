@@ -5,9 +5,10 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
+from nanomoe.attention import KVCache
 from nanomoe.config import ModelConfig
 from nanomoe.files import UserError
-from nanomoe.generate import bench_decode, generate, keep_likely, penalize, stream, stream_text
+from nanomoe.generate import bench_decode, decode_step, generate, keep_likely, penalize, stream, stream_text
 from nanomoe.stories import storybook
 from nanomoe.tokenizer import train_tokenizer
 from test_oracle import random_model, reference, shapes
@@ -38,6 +39,31 @@ def test_same_tokens_with_and_without_the_cache(cfg, seed, temperature, cut):
     prompt = torch.randint(cfg.vocab_size, (2, 5))
     a, b = (generate(model, prompt, 99, temperature=temperature, seed=seed, use_cache=use, **cut) for use in (True, False))
     assert a.equal(b) and a.shape == (2, cfg.max_seq_len + 1)      # the last token is drawn from a full context
+
+
+@given(cfg=shapes(), seed=st.integers(0, 2**16))
+def test_the_step_on_one_page_is_the_model(cfg, seed):
+    model, tokens = random_model(cfg, seed).eval(), torch.randint(cfg.vocab_size, (1, 5))
+    one, other = KVCache(cfg), KVCache(cfg)
+    with torch.inference_mode():
+        model(tokens[:, :2], other)
+        for i in range(2, 5): scores = decode_step(model, tokens[0, i:i + 1], torch.tensor([i]), other.keys, other.values)
+        torch.testing.assert_close(scores, model(tokens, one)[:, -1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close((other.keys, other.values), (one.keys, one.values), atol=1e-5, rtol=1e-4)
+
+
+@given(cfg=shapes(), seed=st.integers(0, 2**16), how=st.sampled_from([{"temperature": 0}, {"temperature": 0.9, "top_k": 5}, {"temperature": 1.5, "repetition_penalty": 1.3}]))
+def test_a_text_of_such_steps_is_the_same(cfg, seed, how):
+    "Without the compiler, which takes seconds for each shape; notebook 07 compiles."
+    model, prompt = random_model(cfg, seed).eval(), torch.randint(cfg.vocab_size, (1, 3))
+    with patch("nanomoe.generate._compiled_step", lambda: decode_step): found = generate(model, prompt, 99, seed=seed, compiled=True, **how)
+    assert found.equal(generate(model, prompt, 99, seed=seed, **how)) and found.shape == (1, cfg.max_seq_len + 1)
+
+
+def test_what_cannot_be_compiled():
+    model = tiny(20)
+    for prompts, how in (([[4, 5], [6, 7]], {}), ([[4, 5]], {"use_cache": False})):
+        with pytest.raises(UserError, match="one prompt and a cache"): generate(model, torch.tensor(prompts), 3, compiled=True, **how)
 
 
 @given(cfg=shapes(), seed=st.integers(0, 2**16))
