@@ -737,7 +737,8 @@ def main():
         if error.errno not in (errno.ENOSPC, errno.EDQUOT): raise
         _leave("Error: The disk is full: free some space, and the same command goes on from what was saved.", 1)
     except (MemoryError, RuntimeError) as error:
-        if type(error).__name__ == "InductorError": _leave("Error: --compile needs a C++ compiler and Python's header files, and one of them is missing: install them (for instance with `apt-get install g++ python3-dev`), or leave --compile away.", 1)
+        if type(error).__name__ == "InductorError":
+            _leave("\nError: --compile needs a C++ compiler and Python's header files, and something of that does not work: install them, for instance with `apt-get install g++ python3-dev`, or leave --compile away.", 1)
         if not is_out_of_memory(error): raise
         _leave("Error: The memory does not suffice: choose a smaller model, or a smaller batch with `--set batch_size=1`.", 1)
 

@@ -310,6 +310,12 @@ def test_out_of_memory_in_training(untrained, finished, says):
     assert same(untrained, finished, "artifacts/pretraining")
 
 
+def test_no_compiler(home, finished, says):
+    accident = "import torch._inductor.config as inductor; inductor.cpp.cxx = (None, '/nowhere/g++')"
+    says(nanomoe("generate", "Once", "--home", home, "--device", "cpu", "--compile", accident=accident), home)
+    assert same(home, finished)
+
+
 def test_a_real_disk_fills_up_and_grows(tmp_path, finished):
     "The same without tricks, where this process may mount a disk."
     def mount(*options): return subprocess.run(["mount", "-t", "tmpfs", "-o", *options, "tmpfs", str(tmp_path)], capture_output=True).returncode == 0
