@@ -130,6 +130,11 @@ def times(weight: Tensor, # (..., O, I)
     "`weight @ x`. Compiled, it is one loop over the weights, and the products in the brackets are never stored."
     return (weight * x).sum(-1)
 
+def _swiglu(gate_up, down, x): # (K, 2F, D), (K, D, F), (D,) -> (K, D)
+    gate, up = times(gate_up, x).chunk(2, dim=-1)
+    return times(down, (F.silu(gate) * up)[:, None])
+
+# %% ../nbs/07_kv_cache.ipynb #ba899ea8
 def decode_step(model: NanoMoE,
                 token: Tensor, # (1,) the newest token
                 position: Tensor, # (1,) its place in the sequence, from 0
@@ -152,10 +157,6 @@ def decode_step(model: NanoMoE,
         x = x + (_swiglu(moe.gate_up[routing.experts[0]], moe.down[routing.experts[0]], y) * routing.weights[0, :, None]).sum(0)
         if moe.has_shared: x = x + _swiglu(moe.shared_gate_up, moe.shared_down, y)[0]
     return times(model.embed.weight, model.norm(x))[None]
-
-def _swiglu(gate_up, down, x): # (K, 2F, D), (K, D, F), (D,) -> (K, D)
-    gate, up = times(gate_up, x).chunk(2, dim=-1)
-    return times(down, (F.silu(gate) * up)[:, None])
 
 @lru_cache
 def _compiled_step(): return torch.compile(decode_step, dynamic=False)

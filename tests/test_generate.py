@@ -3,7 +3,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from nanomoe.attention import KVCache
 from nanomoe.config import ModelConfig
@@ -33,6 +33,7 @@ def test_penalty(seed, penalty):
     torch.testing.assert_close(penalize(scores(seed), seen, penalty), transformers.RepetitionPenaltyLogitsProcessor(penalty)(seen, scores(seed)))
 
 
+@settings(max_examples=40)
 @given(cfg=shapes(), seed=st.integers(0, 2**16), temperature=st.sampled_from([0, 0.7, 1.5]), cut=st.sampled_from([{}, {"top_k": 5}, {"top_p": 0.8, "repetition_penalty": 1.3}]))
 def test_same_tokens_with_and_without_the_cache(cfg, seed, temperature, cut):
     model = random_model(cfg, seed).eval()
@@ -52,6 +53,7 @@ def test_the_step_on_one_page_is_the_model(cfg, seed):
     torch.testing.assert_close((other.keys, other.values), (one.keys, one.values), atol=1e-5, rtol=1e-4)
 
 
+@settings(max_examples=40)
 @given(cfg=shapes(), seed=st.integers(0, 2**16), how=st.sampled_from([{"temperature": 0}, {"temperature": 0.9, "top_k": 5}, {"temperature": 1.5, "repetition_penalty": 1.3}]))
 def test_a_text_of_such_steps_is_the_same(cfg, seed, how):
     "Without the compiler, which takes seconds for each shape; notebook 07 compiles."
@@ -66,6 +68,7 @@ def test_what_cannot_be_compiled():
         with pytest.raises(UserError, match="one prompt and a cache"): generate(model, torch.tensor(prompts), 3, compiled=True, **how)
 
 
+@settings(max_examples=40)
 @given(cfg=shapes(), seed=st.integers(0, 2**16))
 def test_greedy_text_is_that_of_transformers(cfg, seed):
     model = random_model(cfg, seed).eval()
@@ -97,6 +100,7 @@ def test_rows_that_have_ended_stay_ended():
         if 3 in row: assert set(row[row.index(3):]) == {3}
 
 
+@settings(max_examples=40)
 @given(cfg=shapes(), seed=st.integers(0, 2**16), lengths=st.lists(st.integers(1, 20), min_size=1, max_size=4), use=st.booleans(),
        how=st.sampled_from([{"temperature": 0}, {"top_p": 0.9}, {"temperature": 0.8, "min_p": 0.05, "repetition_penalty": 1.2}]), eos=st.sampled_from([None, 3]))
 def test_each_prompt_of_a_batch_gives_what_it_gives_alone(cfg, seed, lengths, use, how, eos):
