@@ -158,8 +158,7 @@ def fits(page):
 def tip(token): return token.evaluate("e => getComputedStyle(e, '::after').content")
 
 
-@pytest.mark.parametrize("name, look", [("wide", {"viewport": WIDE}), ("wide-dark", {"viewport": WIDE, "scheme": "dark"}),
-                                        ("phone", {"viewport": PHONE}), ("phone-dark", {"viewport": PHONE, "scheme": "dark"})])
+@pytest.mark.parametrize("name, look", [("wide", {"viewport": WIDE}), ("phone-dark", {"viewport": PHONE, "scheme": "dark"})])
 def test_the_app_from_a_story_to_its_routing(open_page, url, made, name, look):
     page, phone = open_app(open_page, url, **look), look["viewport"] is PHONE
     picture(page, f"{name}-1-start")
