@@ -1,4 +1,5 @@
 """Choosing and writing tokens, against transformers' own rules and its own greedy search."""
+import shutil
 from unittest.mock import patch
 
 import pytest
@@ -60,6 +61,13 @@ def test_a_text_of_such_steps_is_the_same(cfg, seed, how):
     model, prompt = random_model(cfg, seed).eval(), torch.randint(cfg.vocab_size, (1, 3))
     with patch("nanomoe.generate._compiled_step", lambda: decode_step): found = generate(model, prompt, 99, seed=seed, compiled=True, **how)
     assert found.equal(generate(model, prompt, 99, seed=seed, **how)) and found.shape == (1, cfg.max_seq_len + 1)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_text_is_the_same():
+    cfg = ModelConfig(vocab_size=64, d_model=16, n_layers=1, n_heads=4, n_kv_heads=2, d_ff=12, max_seq_len=64)
+    model, prompt = random_model(cfg, 0).eval(), torch.randint(4, 64, (1, 3))
+    for how in ({"temperature": 0}, {"seed": 1}): assert generate(model, prompt, 99, compiled=True, **how).equal(generate(model, prompt, 99, **how))
 
 
 def test_what_cannot_be_compiled():
