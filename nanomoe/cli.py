@@ -533,7 +533,7 @@ def generate(prompt: Annotated[str, typer.Argument(help="How the story begins; n
              min_p: Annotated[float, typer.Option(min=0, max=1, help="Draw from tokens at least this likely, relative to the likeliest.")] = 0.0,
              repetition_penalty: Annotated[float, typer.Option(min=0.1, help="Above 1, tokens that occurred become less likely.")] = 1.0,
              cache: Annotated[bool, typer.Option(help="Keep keys and values of earlier tokens (the same text either way).")] = True,
-             compile: Annotated[bool, typer.Option("--compile", help="One compiled function for each token (notebook 07): half a minute for the first start, some seconds for later ones, then twice as fast.")] = False,
+             compile: Annotated[bool, typer.Option("--compile", help="One compiled function for each token (notebook 07): half a minute for the first start, some seconds for later ones, then about 1.6 times as fast.")] = False,
              instruct: Annotated[bool, typer.Option("--instruct", help="The prompt is an instruction for `sft` or `dpo`, like those in data/synthetic/prompt_seeds.jsonl.")] = False,
              chat: Annotated[bool, typer.Option("--chat", help="Keep asking for prompts until an empty line.")] = False):
     "Let a trained model tell a story, as it comes to it."

@@ -57,7 +57,7 @@ def test_the_step_on_one_page_is_the_model(cfg, seed):
 @settings(max_examples=40)
 @given(cfg=shapes(), seed=st.integers(0, 2**16), how=st.sampled_from([{"temperature": 0}, {"temperature": 0.9, "top_k": 5}, {"temperature": 1.5, "repetition_penalty": 1.3}]))
 def test_a_text_of_such_steps_is_the_same(cfg, seed, how):
-    "Without the compiler, which takes seconds for each shape; notebook 07 compiles."
+    "Without the compiler, which takes seconds for each shape; the next test compiles one."
     model, prompt = random_model(cfg, seed).eval(), torch.randint(cfg.vocab_size, (1, 3))
     with patch("nanomoe.generate._compiled_step", lambda: decode_step): found = generate(model, prompt, 99, seed=seed, compiled=True, **how)
     assert found.equal(generate(model, prompt, 99, seed=seed, **how)) and found.shape == (1, cfg.max_seq_len + 1)
