@@ -1,5 +1,7 @@
 """What every test starts from."""
 import os
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,9 @@ from hypothesis import HealthCheck, settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")     # tiny tensors are slower in parallel
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# A shell ignores Ctrl-C for what it starts in the background, and whatever that starts inherits it: here, commands are to be stopped.
+if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A busy machine is no failure, and the same commit gives the same verdict twice.
 settings.register_profile("nanomoe", deadline=None, derandomize=True, database=None,
