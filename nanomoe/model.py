@@ -21,19 +21,19 @@ from .tokenizer import PAD
 # %% ../nbs/03_moe.ipynb #cce517b4
 @torch.library.custom_op("nanomoe::chunked_cross_entropy", mutates_args=())
 def _chunked_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, chunk: int, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
-    share = (targets >= 0) / (targets >= 0).sum().clamp(min=1)      # of each row in the mean; 0 for those that do not count
-    total, buffer = torch.zeros((), device=h.device), h.new_empty(min(chunk, len(h)), len(weight))
-    dh, d_weight = (torch.empty_like(h), torch.zeros_like(weight)) if with_grad else (h.new_empty(0), h.new_empty(0))
-    for i in range(0, len(h), chunk):
-        rows, part, target = h[i:i + chunk], share[i:i + chunk, None], targets[i:i + chunk, None].clamp(min=0)
+    counted = (targets >= 0).nonzero()[:, 0]                        # rows without a target cost nothing
+    total, share, buffer = torch.zeros((), device=h.device), 1 / max(1, len(counted)), h.new_empty(min(chunk, len(counted)), len(weight))
+    dh, d_weight = (torch.zeros_like(h), torch.zeros_like(weight)) if with_grad else (h.new_empty(0), h.new_empty(0))
+    for part in counted.split(chunk):
+        rows, target = h[part], targets[part, None]
         logits = torch.mm(rows, weight.T, out=buffer[:len(rows)]).float()
         top = logits.amax(-1, keepdim=True)
         score = logits.gather(1, target) - top
         sums = logits.sub_(top).exp_().sum(-1, keepdim=True)        # softmax = logits / sums from here on
-        total += ((sums.log() - score) * part).sum()
+        total += (sums.log() - score).sum() * share
         if with_grad:   # d loss / d logits = (softmax - one-hot) * share
-            d_logits = logits.mul_(part / sums).scatter_add_(1, target, -part).to(h.dtype)
-            torch.mm(d_logits, weight, out=dh[i:i + chunk])
+            d_logits = logits.mul_(share / sums).scatter_add_(1, target, torch.full_like(score, -share)).to(h.dtype)
+            dh[part] = d_logits @ weight
             d_weight.addmm_(d_logits.T, rows)
     return total, dh, d_weight
 
