@@ -139,7 +139,7 @@ def show_answer(turn: Turn, answer: Answer, write=None): # write(turn, answer, s
     if turn.seed and answer.text:
         lines = (f'<b style="color:{"#009E73" if kept else "#D55E00"}">{"✓" if kept else "✗"}</b> {html.escape(what)}'
                  for what, kept in checklist(answer.text, turn.seed, answer.end))
-        st.html(f'<div style="overflow-wrap:anywhere;max-width:46em">{"<br>".join(lines)}</div>')
+        st.html(f'<div style="overflow-wrap:anywhere;max-width:46em">{"<br>".join(lines)}<br><small>Whether it is about {turn.seed.theme}, only a reader can tell.</small></div>')
     if len(answer.waits) > 1:
         speed = (len(answer.waits) - 1) / sum(answer.waits[1:])
         st.caption(f"{len(answer.ids)} tokens, {ENDS[answer.end]} · {speed:,.0f} tokens/s {'with' if answer.cached else 'without'} KV cache · "
@@ -172,12 +172,12 @@ def ask_for() -> Seed | None: # what the form asks for, when it is sent
 
 def compare_speeds(home, name):
     with st.expander("Measure what the KV cache saves"):
-        st.caption("Two stories are written word by word, with and without the cache in turns. It takes a few seconds.")
+        st.caption("Two stories are written word by word, with and without the cache in turns. It takes up to a minute.")
         if st.button(f"Measure {name}"):
             try:
                 model, tok = load(home, name)
                 prompts = [encode_prompt(tok, text)[0] for text in ("Once upon a time there was", "One day, a little bird")]
-                with st.spinner("Measuring …"): measured = measure_decoding(model, [prompt[:min(map(len, prompts))] for prompt in prompts])
+                with st.spinner("Measuring …"): measured = measure_decoding(model, [prompt[:min(map(len, prompts))] for prompt in prompts], 128)
                 st.session_state.measured = name, *measured
             except UserError as error: st.error(str(error))
         if "measured" in st.session_state:
@@ -191,6 +191,7 @@ def compare_speeds(home, name):
 
 def settings(checkpoints: dict) -> tuple[list[str], dict]: # the checkpoints to ask, and how to sample
     side, names = st.sidebar, list(checkpoints)
+    side.caption("For the next story:")
     name = side.selectbox("Checkpoint", names, index=len(names) - 1)
     others = [other for other in names if other != name]
     other = side.selectbox("Side by side with", [None, *others], format_func=lambda name: name or "nothing", disabled=not others,
@@ -273,7 +274,8 @@ def usage_html(trace) -> str: # a row for each layer; a figure with a panel for 
 
 def main():
     st.set_page_config("Nano-MoE", layout="wide")
-    home = home_or_shipped(find_home())
+    found = find_home()
+    home = home_or_shipped(found)
     checkpoints = find_checkpoints(home)
     st.session_state.setdefault("turns", [])
     for key, value in FORM.items(): st.session_state[key] = st.session_state.get(key, value)     # kept while the other screen is shown
@@ -283,6 +285,7 @@ def main():
         st.code(f"nanomoe run --home {shlex.quote(str(home))}", language="bash", wrap_lines=True)
         return st.markdown("Then you can have stories written here, compare checkpoints on the same prompt, measure what the KV cache saves, "
                            "and see which expert each token visits.")
+    if home != found: st.caption(f"These are the models that come with the course: `{found}` has none of its own yet.")
     screen = st.radio("Screen", ["Stories", "Routing"], horizontal=True, label_visibility="collapsed")
     names, sampling = settings(checkpoints)
     if st.sidebar.button("Start over", help="Forget the stories on this page."): st.session_state.turns = []
@@ -291,14 +294,14 @@ def main():
     else: routing_screen(home, checkpoints)
 
 
-def run_app(home: str | Path = ".", port: int = 8501, host: str = "127.0.0.1"):
-    "Serve the app until Ctrl-C. It sends nothing to anybody, and only this machine can open it unless `host` says otherwise."
+def run_app(home: str | Path | None = None, port: int = 8501, host: str = "127.0.0.1"):
+    "Serve the app until Ctrl-C; without a home, it is found as `find_home` does. The app sends nothing to anybody, and only this machine can open it unless `host` says otherwise."
     from streamlit.web import cli
     try: socket.create_server((host, port)).close()
     except (OSError, OverflowError) as error:
         if getattr(error, "errno", None) == errno.EADDRINUSE: raise UserError(f"Port {port} is in use: name another with --port, for instance --port {port + 1}.") from None
         raise UserError(f"Cannot serve at {host}:{port} ({error}): name another --host or --port.") from None
-    os.environ["NANOMOE_HOME"] = str(Path(home).resolve())
+    if home is not None: os.environ["NANOMOE_HOME"] = str(Path(home).resolve())
     cli.main(["run", __file__, f"--server.address={host}", f"--server.port={port}", "--server.headless=true", "--server.fileWatcherType=none",
               "--browser.gatherUsageStats=false", "--client.toolbarMode=viewer"], standalone_mode=False)
 

@@ -21,7 +21,7 @@ pytest.importorskip("streamlit", reason="the app needs streamlit")
 pytest.importorskip("jupyterlab", reason="the lessons need jupyterlab")
 
 from nanomoe import app
-from test_app import expected, made, save_model    # `made` is a fixture: a home with two checkpoints
+from test_app import expected, free_port, made, save_model    # `made` is a fixture: a home with two checkpoints
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the servers are stopped by a signal")
 SCRIPT = "<script>alert(1)</script>"
@@ -33,10 +33,6 @@ NOTHING_SHIPPED = "import nanomoe.files, pathlib; nanomoe.files.SHIPPED = pathli
 
 # A server that also ends when this process dies: its standard input closes then.
 LEASH = "import os, sys, threading; threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start(); "
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as probe: return probe.getsockname()[1]
 
 
 def answers(host, port):
@@ -243,12 +239,12 @@ def test_a_click_elsewhere_leaves_what_was_written(open_page, url):
 
 
 def test_without_a_checkpoint_and_then_with_one(open_page, made, tmp_path):
-    "Started by `streamlit run`, in a folder inside the home: its own settings bind it to this machine and find the home."
+    "Started by `streamlit run`, in a folder inside the home: its own settings bind it to this machine, and it finds the home."
     home, port = tmp_path / "home", free_port()
     (home / "notes").mkdir(parents=True)
     code = f"{NOTHING_SHIPPED}from streamlit.web.cli import main; main(['run', {app.__file__!r}, '--server.port={port}', '--server.headless=true'])"
     env = {name: value for name, value in os.environ.items() if not name.startswith(("STREAMLIT_", "NANOMOE_HOME"))}
-    with serving(code, port, tmp_path / "log", cwd=home / "notes", env={**env, "NANOMOE_HOME": str(home), "OMP_NUM_THREADS": "1"}) as url:
+    with serving(code, port, tmp_path / "log", cwd=home / "notes", env={**env, "OMP_NUM_THREADS": "1"}) as url:
         if sys.platform == "linux": assert not answers("127.0.0.2", port), "it listens on more than 127.0.0.1"
         page = open_page(url, viewport=PHONE)
         page.get_by_text("nanomoe run --home").wait_for()
