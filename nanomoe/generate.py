@@ -51,11 +51,14 @@ def penalize(logits: Tensor, # (B, V)
     return logits.scatter(-1, seen, torch.where(old > 0, old / penalty, old * penalty))
 
 # %% ../nbs/07_kv_cache.ipynb #check-prompts
-def _check(lengths, room, temperature, penalty):
+def _check(lengths, room, new, temperature, penalty, top_k, *shares):
     if not lengths: raise UserError("There is no prompt: give at least one.")
     if not min(lengths): raise UserError("The prompt is empty: it needs at least one token, for instance [BOS].")
     if max(lengths) > room: raise UserError(f"The prompt has {max(lengths)} tokens and the model's context holds {room}: shorten it.")
-    if temperature < 0 or penalty <= 0: raise UserError("The temperature must be 0 or more, and the repetition penalty more than 0.")
+    if not (temperature == 0 or 0.001 <= temperature < torch.inf) or not 0 < penalty < torch.inf:
+        raise UserError("The temperature must be 0, or 0.001 and more, and the repetition penalty more than 0.")
+    if min(new, top_k or 0) < 0 or not all(0 <= (share or 0) <= 1 for share in shares):
+        raise UserError("max_new_tokens and top_k must be 0 or more, and top_p and min_p lie between 0 and 1.")
 
 def _random_numbers(count, seed, device): # a source for each row, so that a row draws what it would draw alone
     sources = [torch.Generator(device) for _ in range(count)]
@@ -83,9 +86,9 @@ def stream(model: NanoMoE,
            eos_id: int | None = None, # a row ends with this token, and then repeats it
            compiled: bool = False, # for one prompt: every step after it by `decode_step`, compiled
           ) -> Iterator[Tensor]: # (B,) the next token of every row: its prompt's own as long as it has one
-    "Tokens as they are drawn. The generator's return value says why each row ended: \"stop\", \"length\" or \"context\"."
+    "Tokens as they are drawn. The generator returns the finish_reason of each row: \"stop\", \"length\" or \"context\"."
     lengths, room = [len(row) for row in prompt_ids], model.cfg.max_seq_len
-    _check(lengths, room, temperature, repetition_penalty)
+    _check(lengths, room, max_new_tokens, temperature, repetition_penalty, top_k, top_p, min_p)
     if compiled and not (use_cache and len(lengths) == 1): raise UserError("The compiled step is for one prompt and a cache: give one, or do not compile.")
     shortest, longest = min(lengths), max(lengths)
     prompts = nn.utils.rnn.pad_sequence(list(prompt_ids), batch_first=True)     # (B, longest)

@@ -368,6 +368,19 @@ def test_lesson_07_steps_through_decoding(open_page, lab):
     assert changed(page, drawn, "e.src", before)
     picture(page, "lab-07-after")
 
+    layers = page.locator(".widget-text", has_text="layers").locator("input")     # the calculator of bytes
+    page.get_by_text("GQA: 1,179,648 bytes").wait_for()
+    layers.fill("12")
+    layers.press("Enter")
+    page.get_by_text("GQA: 2,359,296 bytes").wait_for()
+
+    page.get_by_role("button", name="measure here").click()
+    page.get_by_role("button", name="measure again").wait_for()
+    curves = page.locator(".widget-vbox").filter(has=page.get_by_role("button", name="measure again")).locator("img")
+    curves.scroll_into_view_if_needed()
+    assert curves.evaluate("e => e.complete && e.naturalWidth > 300")
+    picture(page, "lab-07-measured")
+
 
 def test_lesson_08_colours_the_tokens_layer_by_layer(open_page, lab):
     page = finished_lesson(open_page, lab, "08_routing_viz")

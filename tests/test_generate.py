@@ -144,10 +144,16 @@ def test_every_row_says_why_it_ended():
     assert reasons(model, [prompts[1], torch.full((3,), 6)], 4, temperature=0, eos_id=first)[0] == "stop"
 
 
-@pytest.mark.parametrize("prompts, how", [([], {}), ([torch.ones(0, dtype=torch.long)], {}), ([torch.ones(65, dtype=torch.long)], {}),
-                                          ([torch.ones(2, dtype=torch.long)], {"temperature": -1}), ([torch.ones(2, dtype=torch.long)], {"repetition_penalty": 0})])
-def test_mistakes_are_sentences(prompts, how):
-    with pytest.raises(UserError, match=r"\.$"): generate(tiny(8), prompts, 4, **how)
+@pytest.mark.parametrize("length", [None, 0, 65])
+def test_prompts_that_cannot_be_gone_on_with_are_sentences(length):
+    with pytest.raises(UserError, match=r"\.$"): generate(tiny(8), [] if length is None else [torch.ones(length, dtype=torch.long)], 4)
+
+
+@pytest.mark.parametrize("name, values", {"temperature": (-1, 1e-40, float("nan"), float("inf")), "repetition_penalty": (0, float("nan"), float("inf")), "top_k": (-1,),
+                                          "top_p": (-0.1, 1.1, float("nan")), "min_p": (-0.1, 1.5), "max_new_tokens": (-1,)}.items())
+def test_mistakes_are_sentences(name, values):
+    for value in values:
+        with pytest.raises(UserError, match=rf"{name.replace('_', '.')}.*\.$"): generate(tiny(8), [torch.ones(2, dtype=torch.long)], **{name: value})
 
 
 def test_no_piece_ends_inside_a_character():

@@ -50,6 +50,8 @@ def test_the_calculator_knows_its_kinds(lesson):
     for heads, kind in ((8, "MHA"), (1, "MQA"), (3, "cannot share")):
         lesson["kv_heads"].value = heads
         assert kind in said()
+    for name, value in {"layers": 32, "heads": 32, "kv_heads": 8, "head_dim": 128, "length": 8192, "batch": 3, "dtype": 2}.items(): lesson[name].value = value
+    assert "GQA: 3,221,225,472 bytes = 3,072.00 MiB" in said() and "1/4 of MHA's" in said()
 
 
 def test_the_slider_draws_each_step(lesson, monkeypatch):
@@ -57,3 +59,11 @@ def test_the_slider_draws_each_step(lesson, monkeypatch):
     monkeypatch.setitem(lesson, "draw_step", drawn.append)
     for step in range(1, lesson["step"].max + 1): lesson["step"].value = step
     assert drawn == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_a_step_shows_what_is_new_and_what_it_costs(lesson):
+    axes = lesson["plt"].subplots(2)[1]
+    lesson["draw_step"](5, axes=axes)
+    for ax, marks, title in zip(axes, ("·" * 8 + "+", "+" * 9), ("1 new (+), 8 kept (·), 7,809,216 multiplications", "9 new (+), 0 kept (·), ")):
+        assert "".join(text.get_text() for text in ax.texts) == marks and title in ax.get_title(loc="left")
+    assert lesson["multiplications"](9, 9) == 9 * lesson["multiplications"](1, 1) - 8 * lesson["HEAD"] + 36 * 2 * 192 * 6
