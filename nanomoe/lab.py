@@ -24,6 +24,7 @@ from .config import ModelConfig, Preset, TrainConfig
 from .data import Batches, Shards, eval_windows, load_shards
 from .files import UserError, sha256_of, write_atomically
 from .model import NanoMoE
+from .style import PALETTE, style_axes
 from .tokenizer import load_tokenizer
 from .train import Objective, autocast, fit, make_optimizers, processes, train_step
 
@@ -215,33 +216,29 @@ def lab_figure(rows: list[dict]): # -> matplotlib Figure
     "Bits per byte, load, entropy and speed of every variant, side by side. Bands are as wide as the difference between two seeds."
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
-    colours = {"balance": "#0072B2", "who decides": "#009E73", "less work": "#D55E00"}
+    colours = {"balance": PALETTE[0], "who decides": PALETTE[2], "less work": PALETTE[5]}
     figure = Figure(figsize=(10, 0.9 + 0.27 * len(rows)), layout="constrained")
     loss, load, entropy, speed = axes = figure.subplots(1, 4, sharey=True, width_ratios=[1.4, 1, 0.8, 0.9])
     middle = next((row for row in rows if row["variant"] == "auxiliary + z"), None)
     other = next((row for row in rows if row["variant"] == "auxiliary + z, other seed"), middle)
     if middle:
         luck = abs(middle["bpb"] - other["bpb"])
-        loss.axvspan(middle["bpb"] - luck, middle["bpb"] + luck, color="#666666", alpha=0.18, lw=0)
-        speed.axvline(middle["tokens_per_s"], color="#666666", lw=0.8, ls=":")
+        loss.axvspan(middle["bpb"] - luck, middle["bpb"] + luck, color=PALETTE[-1], alpha=0.18, lw=0)
+        speed.axvline(middle["tokens_per_s"], color=PALETTE[-1], lw=0.8, ls=":")
     for y, row in enumerate(rows):
-        colour, E = colours.get(row["group"], "#666666"), int(re.findall(r"\d+", row["experts"])[1])
+        colour, E = colours.get(row["group"], PALETTE[-1]), int(re.findall(r"\d+", row["experts"])[1])
         loss.plot(row["bpb"], y, "o", color=colour, ms=6)
         loss.annotate(f"{row['bpb']:.3f}", (row["bpb"], y), (6, 0), textcoords="offset points", va="center", fontsize=8)
         load.plot([row["load_min"], row["load_max"]], [y, y], "|-", color=colour, lw=2, ms=9)
         if E > 1: entropy.barh(y, row["entropy"] / math.log2(E), 0.55, color=colour)
         speed.plot(row["tokens_per_s"], y, "o", color=colour, ms=6)
-    load.axvline(1, color="#666666", lw=0.8, ls=":")
+    load.axvline(1, color=PALETTE[-1], lw=0.8, ls=":")
     loss.set_yticks(range(len(rows)), [f"{row['variant']}  ({row['experts']})" for row in rows], fontsize=9)
     loss.set(xlabel="whole validation split", ylim=(len(rows) - 0.5, -0.5)), loss.margins(x=0.2)
     load.set(xlabel="least and most, 1 = fair", xlim=(0, None)), entropy.set(xlabel="1 = no opinion", xlim=(0, 1))
     speed.set(xlabel="training", xlim=(0, 1.1 * max(row["tokens_per_s"] for row in rows))), speed.xaxis.set_major_formatter(EngFormatter())
     for ax, title in zip(axes, ("Bits per byte", "Load of an expert", "Router's entropy", "Tokens per second")):
-        ax.set_title(title, loc="left", fontsize=10)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.spines[["left", "bottom"]].set_linewidth(0.6)
-        ax.tick_params(width=0.6, labelsize=9)
-        ax.locator_params(axis="x", nbins=4)
+        style_axes(ax, title).locator_params(axis="x", nbins=4)
     entropy.set_xticks([0, 0.5, 1], ["0", "½", "1"])
     return figure
 

@@ -31,6 +31,7 @@ from .config import LoopConfig, Preset
 from .data import Batches, eval_windows, load_shards
 from .files import UserError, is_out_of_memory, sha256_of, write_atomically
 from .model import NanoMoE
+from .style import PALETTE, style_axes
 from .tokenizer import load_tokenizer
 
 # %% ../nbs/04_pretrain.ipynb #726485d1
@@ -393,23 +394,21 @@ def plot_training(folder: str | Path, # holds train_log.jsonl and val_log.jsonl
     tokens = [row["tokens"] for row in train]
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     (loss, router), (load, speed) = figure.subplots(2, 2)
-    loss.plot(tokens, [row["ce"] for row in train], color="#56B4E9", lw=1, label="training batch")
-    loss.plot([row["tokens"] for row in val], [row["nats"] for row in val], "o-", color="#0072B2", ms=4, label="whole validation split")
-    loss.set(title="Cross-entropy", ylabel="nats per token")
-    router.plot(tokens, [row["load_balance"] for row in train], color="#D55E00", label="load balance (1 = even)")
-    router.plot(tokens, [row["z"] for row in train], color="#009E73", label="z-loss")
-    router.set(title="Router losses", ylabel="before their coefficients", ylim=(0, None))
+    loss.plot(tokens, [row["ce"] for row in train], color=PALETTE[4], lw=1, label="training batch")
+    loss.plot([row["tokens"] for row in val], [row["nats"] for row in val], "o-", color=PALETTE[0], ms=4, label="whole validation split")
+    style_axes(loss, "Cross-entropy", ylabel="nats per token")
+    router.plot(tokens, [row["load_balance"] for row in train], color=PALETTE[5], label="load balance (1 = even)")
+    router.plot(tokens, [row["z"] for row in train], color=PALETTE[2], label="z-loss")
+    style_axes(router, "Router losses", ylabel="before their coefficients", ylim=(0, None))
     shares = list(zip(*(row["load"][-1] for row in train)))
-    load.stackplot(tokens, shares, colors=["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#666666"], alpha=0.8)
+    load.stackplot(tokens, shares, colors=PALETTE, alpha=0.8)
     for e, share in enumerate(shares):      # its name in the middle of its band, where the run ends
         load.annotate(f" expert {e}", (tokens[-1], sum(s[-1] for s in shares[:e]) + share[-1] / 2), va="center", fontsize=8)
-    load.set(title="Load of the experts, last layer", ylabel="share of assignments", ylim=(0, 1))
-    speed.plot(tokens, [row["tokens_per_s"] for row in train], color="#666666")
-    speed.set(title="Throughput", ylabel="tokens per second", ylim=(0, None))
+    style_axes(load, "Load of the experts, last layer", ylabel="share of assignments", ylim=(0, 1))
+    speed.plot(tokens, [row["tokens_per_s"] for row in train], color=PALETTE[-1])
+    style_axes(speed, "Throughput", ylabel="tokens per second", ylim=(0, None))
     for axes in (loss, router, load, speed):
-        axes.title.set_ha("left"), axes.title.set_x(0)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlabel("training tokens")
         axes.xaxis.set_major_formatter(EngFormatter())
-    for axes in (loss, router): axes.legend(frameon=False)
+    for axes in (loss, router): axes.legend(frameon=False, fontsize=9)
     return figure
