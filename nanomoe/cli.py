@@ -203,7 +203,7 @@ def _run(home, stories, chosen, device, fresh):
     if fresh or not _synthetic_is_right(home, stories, chosen): _make_data(home, stories, chosen)
     else: out.print("Instructions and pairs: there already, and right")
     for stage in ("sft", "dpo"): _tune(stage, home, chosen, device, fresh)
-    _judge(home, device, chosen.sft.val_examples)
+    _judge(home, device, min(100, chosen.sft.val_examples))     # as `nanomoe scorecard` does by itself; it tells more with more
     _tell_some(home, chosen, device)
 
 
