@@ -168,25 +168,30 @@ def explore_text(model: NanoMoE, tok: Tokenizer, text: str = "Once upon a time")
     more = w.Button(description="Write on", tooltip="Let the model add 40 tokens")
     layer = w.IntSlider(model.cfg.n_layers - 1, 0, model.cfg.n_layers - 1, description="Layer")
     token = w.IntSlider(0, 0, 0, description="Token")
-    words, shown = w.HTML(), {}
-    weights, usage = (w.Image(format="png", layout=w.Layout(align_self="flex-start")) for _ in range(2))
+    words, shown, place = w.HTML(), {}, w.Layout(align_self="flex-start")
+    weights, usage = (w.Image(format="png", layout=place) for _ in range(2))
 
     def read(_=None):
+        shown.clear()
         ids = encode_prompt(tok, box.value)[0]
-        try: shown.update(trace=trace_routing(model, ids), pieces=token_pieces(tok, ids))
-        except UserError as error: words.value = html.escape(str(error)); return
-        token.max = len(ids) - 1
-        usage.value = figure_png(usage_figure({"this text": [shown["trace"].usage]}))
+        try: trace = trace_routing(model, ids)
+        except UserError as error: return refuse(error)
+        token.max = len(ids) - 1    # which may move the slider: nothing is shown yet
+        shown.update(trace=trace, pieces=token_pieces(tok, ids))
+        usage.value, place.display = figure_png(usage_figure({"this text": [trace.usage]})), None
         show()
 
+    def refuse(error): words.value, weights.value, usage.value, place.display = html.escape(str(error)), b"", b"", "none"
+
     def show(_=None):
+        if not shown: return
         trace, pieces = shown["trace"], shown["pieces"]
-        words.value = tokens_html(pieces, trace, layer.value, min(token.value, token.max))
+        words.value = tokens_html(pieces, trace, layer.value, token.value)
         weights.value = figure_png(weights_figure(trace, token.value, pieces[token.value]))
 
     def write_on(_):
         try: box.value = tell_story(model, tok, box.value, max_new_tokens=40, temperature=0.7, top_p=0.95)
-        except UserError as error: words.value = html.escape(str(error))
+        except UserError as error: refuse(error)
 
     box.observe(read, "value"), more.on_click(write_on)
     for slider in (layer, token): slider.observe(show, "value")

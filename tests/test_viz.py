@@ -244,11 +244,30 @@ def test_a_text_under_your_hands():
     assert box.value.startswith("a") and len(Page(words.value).tokens) > 2
     box.value = "<script>" * 3
     assert "<script" not in words.value
-    box.value = "the cat sat " * 100
-    assert "context" in words.value and "<" not in words.value      # the sentence of the error
-    more.click(), setattr(layer, "value", 1)                        # still alive
     box.value = ""
     assert len(Page(words.value).tokens) == 1
+
+
+TOO_LONG = "the cat sat " * 100
+
+
+@pytest.mark.parametrize("first", [TOO_LONG, "the cat"], ids=["at first", "later"])
+def test_a_text_that_is_too_long_is_a_sentence_until_a_good_one_comes(first):
+    (box, more), (layer, token), words, weights, usage = (getattr(child, "children", None) or child for child in viz.explore_text(MODEL, TOK, first).children)
+    token.value = token.max
+    box.value = TOO_LONG
+    sentence = words.value
+    assert "context" in sentence and "<" not in sentence
+    layer.value, token.value = 1, 0
+    assert (words.value, weights.value, usage.value) == (sentence, b"", b"")
+    more.click()
+    assert "context" in words.value and "<" not in words.value and (weights.value, usage.value) == (b"", b"")
+    assert weights.layout.display == usage.layout.display == "none"     # an empty picture would be drawn as a broken one
+    box.value = "the dog"
+    assert "".join(piece for piece, _ in Page(words.value).tokens) == "·the dog" and "Layer 1;" in words.value
+    assert bytes(weights.value[:4]) == bytes(usage.value[:4]) == b"\x89PNG" and weights.layout.display is usage.layout.display is None
+    layer.value, token.value = 0, 1
+    assert "Layer 0;" in words.value and [("outline" in style) for style in Page(words.value).styles].index(True) == 1
 
 
 def test_words_under_your_hands():
