@@ -86,7 +86,7 @@ def tokens_html(pieces: list[str], # T texts, from `token_pieces`
                 layer: int = -1, # 0 is the first layer, -1 the last
                 selected: int | None = None, # a token to frame
                ) -> str: # HTML that needs no script; everything in it is escaped
-    "The text with each token coloured and numbered by its top expert; hovering over a token, or tapping it, shows all experts."
+    "The text with each token coloured and numbered by its top expert, and how sure the router is; hovering over a token, or tapping it, shows all experts."
     if len(pieces) != trace.probs.shape[1]:
         raise UserError(f"There are {len(pieces)} pieces and {trace.probs.shape[1]} traced tokens: trace the tokens that the pieces come from.")
     layer, E = range(len(trace.probs))[layer], trace.probs.shape[-1]
@@ -94,8 +94,11 @@ def tokens_html(pieces: list[str], # T texts, from `token_pieces`
     spans = [f'<span tabindex="0" style="{_colours(e)}{frame if t == selected else ""}" data-tip="{_tip(piece, t, layer, trace)}">'
              f'{_visible(piece, e)}</span>' for t, (piece, e) in enumerate(zip(pieces, trace.top[layer].tolist()))]
     legend = " ".join(f'<span style="{_colours(e)}">&nbsp;{e}&nbsp;</span>' for e in range(E))
+    def sure(t): return f"confidence {trace.confidence[layer, t].mean():.2f}, entropy {trace.entropy[layer, t].mean():.2f} bits"
+    one = "" if selected is None else f"<div>Token {selected}, {html.escape(repr(pieces[selected]))}: {sure(selected)}</div>"
     return (f'<div class="nm-tokens" style="padding-bottom:{1.2 * E}em"><style>{_CSS}</style>{"".join(spans)}'
-            f'<div>Layer {layer}; top expert: {legend} Hover over a token, or tap it, to see all experts.</div></div>')
+            f'<div>Layer {layer}; top expert: {legend} Hover over a token, or tap it, to see all experts.</div>'
+            f'{one}<div>Mean of the layer: {sure(slice(None))}</div></div>')
 
 # %% ../nbs/08_routing_viz.ipynb #6722b970
 def weights_figure(trace: Trace, token: int, piece: str = "") -> Figure:
@@ -162,7 +165,7 @@ def figure_png(figure: Figure, dpi: int = 80) -> bytes:
 
 # %% ../nbs/08_routing_viz.ipynb #886cf6fe
 def explore_text(model: NanoMoE, tok: Tokenizer, text: str = "Once upon a time"):
-    "A box to type into: its tokens coloured by expert, a slider for the layer, one for the token, and the usage."
+    "A box to type into: its tokens coloured by expert, how sure the router is, a slider for the layer, one for the token, and the usage."
     import ipywidgets as w
     box = w.Textarea(text, description="Text", layout=w.Layout(width="46em", height="5em"), continuous_update=False)
     more = w.Button(description="Write on", tooltip="Let the model add 40 tokens")

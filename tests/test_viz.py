@@ -1,5 +1,6 @@
 """What is drawn and what is written as HTML: complete, escaped, without pyplot's state and without widgets."""
 import json
+import math
 import re
 import subprocess
 import sys
@@ -87,6 +88,47 @@ def test_layers_selection_and_many_experts():
     assert [("outline" in style) for style in Page(viz.tokens_html(list("abcde"), trace, selected=3)).styles] == [False, False, False, True, False]
     assert all(tip.count("\nexpert ") == 11 for tip in Page(first).tips)
     with pytest.raises(UserError, match="pieces"): viz.tokens_html(["a"], trace)
+
+
+def sureness(page):
+    "What the page says about confidence and entropy: of the selected token, if there is one, and of the layer."
+    return [tuple(map(float, both)) for both in re.findall(r"confidence (\d\.\d\d), entropy (\d\.\d\d) bits", page)]
+
+
+def sure(probs): return pytest.approx((max(probs.tolist()), -sum(p * math.log2(p) for p in probs.tolist())), abs=0.006)
+
+
+def test_how_sure_the_router_is():
+    trace, pieces = fake_trace(5), ["<b>", "'", "c", "", "e"]
+    for layer in (0, 1):
+        means = [sum(column) / 5 for column in zip(*(sureness(viz.tokens_html(pieces, trace, layer, t))[0] for t in range(5)))]
+        for t in range(5):
+            one, all_of_them = sureness(viz.tokens_html(pieces, trace, layer, t))
+            assert one == sure(trace.probs[layer, t]) and all_of_them == pytest.approx(means, abs=0.011)
+        assert sureness(viz.tokens_html(pieces, trace, layer)) == [all_of_them]
+    assert "Token 0, &#x27;&lt;b&gt;&#x27;: confidence" in viz.tokens_html(pieces, trace, selected=0)
+
+
+SEEN_WITH = {"protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+             "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+             "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]}    # of linear RGB: Machado et al. 2009, severity 1
+
+
+def linear_rgb(colour): # "#RRGGBB" -> (3,)
+    return torch.tensor([c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (value / 255 for value in bytes.fromhex(colour[1:]))])
+
+
+def lab(linear): # (3,) -> CIE L*a*b*, for daylight
+    xyz = torch.tensor([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]) @ linear
+    x, y, z = (t ** (1 / 3) if t > (6 / 29) ** 3 else t / (3 * (6 / 29) ** 2) + 4 / 29 for t in (xyz / torch.tensor([0.95047, 1, 1.08883])).tolist())
+    return torch.tensor([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("kind", SEEN_WITH)
+def test_the_colours_of_four_experts_differ_for_any_colour_vision(kind):
+    "About 2 can just be told apart side by side; the closest pair here has 17. (As pale as a token's background, it has 3.)"
+    seen = torch.stack([lab((torch.tensor(SEEN_WITH[kind]) @ linear_rgb(colour)).clamp(0, 1)) for colour in viz.PALETTE[:4]])
+    assert torch.pdist(seen).min() > 15
 
 
 def test_no_colour_hides_the_text():
@@ -237,6 +279,10 @@ def test_a_text_under_your_hands():
     before = seen()
     token.value = 1
     assert words.value != before[0] and weights.value != before[1]
+    trace = trace_routing(MODEL, encode_prompt(TOK, "the cat")[0])
+    for t, l in ((1, 0), (1, 2), (2, 2)):           # how sure the router is follows both sliders
+        token.value, layer.value = t, l
+        assert sureness(words.value) == [sure(trace.probs[l, t]), pytest.approx((trace.confidence[l].mean().item(), trace.entropy[l].mean().item()), abs=0.006)]
     token.value = token.max
     box.value = "a"                                 # shorter: the token slider follows
     assert token.max == len(TOK.encode("a").ids) and token.value <= token.max and usage.value != before[2]
