@@ -327,6 +327,14 @@ def test_words_under_your_hands():
     assert table.value != before
 
 
+def test_pairs_under_your_hands():
+    trace = fake_trace(50, L=3)
+    layer, picture = viz.explore_pairs(trace).children
+    for layer.value in (2, 0, 1):
+        assert picture.value == viz.figure_png(viz.heat_figure({f"Layer {layer.value}": trace.pairs[layer.value]}, "expert", "expert", darkest=trace.pairs.max()))
+    assert viz.heat_figure({"a": trace.pairs[0]}, darkest=0.9).axes[0].images[0].get_clim() == (0, 0.9)
+
+
 def test_an_expert_off_under_your_hands():
     def score(model): return trace_routing(model, torch.arange(20)).usage[1, 0].item()
     layer, off, result = viz.explore_off(MODEL, TOK, score, "<i>the cat").children
