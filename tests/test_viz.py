@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 from matplotlib.figure import Figure
+from typer.testing import CliRunner
 
-from nanomoe import viz
+from nanomoe import cli, viz
 from nanomoe.checkpoint import save_checkpoint
 from nanomoe.config import ModelConfig
 from nanomoe.data import write_shards
@@ -237,13 +238,21 @@ def home(tmp_path):
 ALWAYS = ["expert_usage_mean.png", "kv_throughput_mean.png", "routing_confidence_hist.png"]
 
 
+def log(path, *rows): path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def test_plots_of_what_there_is(home):
     made = viz.make_plots(home, prompts=4)
     assert sorted(path.name for path in made) == ALWAYS == sorted(path.name for path in (home / "reports" / "figs").iterdir())
+    log(home / "artifacts" / "pretraining" / "train_log.jsonl",
+        *({"step": step, "tokens": 100 * step, "ce": 5 / step, "load_balance": 1.1, "z": 2.0, "load": [[0.25] * 4] * 3, "tokens_per_s": 1000} for step in (1, 2, 3)))
+    log(home / "artifacts" / "pretraining" / "val_log.jsonl", {"step": 3, "tokens": 300, "nats": 2.0})
     save_checkpoint(home / "artifacts" / "dpo" / "ckpt_best.pt", MODEL)
     (home / "reports" / "scorecard.json").write_text(json.dumps(SCORES), encoding="utf-8")
-    assert sorted(path.name for path in viz.make_plots(home, prompts=4)) == sorted([*ALWAYS, "scorecard.png"])
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in made)
+    done = CliRunner().invoke(cli.app, ["make-plots", "--home", str(home)], catch_exceptions=False)
+    figures = sorted((home / "reports" / "figs").iterdir())
+    assert [path.name for path in figures] == sorted([*ALWAYS, "pretrain_training_summary.png", "scorecard.png"])
+    assert done.exit_code == 0 and done.output.count("Drawn: ") == 5 and all(path.read_bytes().startswith(b"\x89PNG") for path in figures)
 
 
 def test_plots_without_shards_or_with_those_of_another_tokenizer(home):
