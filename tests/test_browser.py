@@ -395,3 +395,14 @@ def test_lesson_08_colours_the_tokens_layer_by_layer(open_page, lab):
     token.hover()
     assert "expert 3" in tip(token)
     picture(page, "lab-08-after")
+    pairs = page.locator(".widget-vbox").filter(has=page.locator("img"), has_not=page.locator("textarea")).first
+    before = pairs.locator("img").evaluate("e => e.src")
+    move(pairs.locator(".widget-slider"))
+    assert changed(page, pairs.locator("img"), "e.src", before)
+    picture(page, "lab-08-pairs")
+    off = page.locator(".widget-vbox").filter(has=page.locator(".widget-toggle-buttons")).first
+    result = off.locator(".widget-html").last
+    before = result.inner_text()
+    off.get_by_role("button", name="without 1", exact=True).click()
+    assert changed(page, result, "e.innerText", before)
+    picture(page, "lab-08-off")

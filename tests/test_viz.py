@@ -1,5 +1,6 @@
 """What is drawn and what is written as HTML: complete, escaped, without pyplot's state and without widgets."""
 import json
+import math
 import re
 import subprocess
 import sys
@@ -9,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 from matplotlib.figure import Figure
+from typer.testing import CliRunner
 
-from nanomoe import viz
+from nanomoe import cli, viz
 from nanomoe.checkpoint import save_checkpoint
 from nanomoe.config import ModelConfig
 from nanomoe.data import write_shards
@@ -87,6 +89,47 @@ def test_layers_selection_and_many_experts():
     assert [("outline" in style) for style in Page(viz.tokens_html(list("abcde"), trace, selected=3)).styles] == [False, False, False, True, False]
     assert all(tip.count("\nexpert ") == 11 for tip in Page(first).tips)
     with pytest.raises(UserError, match="pieces"): viz.tokens_html(["a"], trace)
+
+
+def sureness(page):
+    "What the page says about confidence and entropy: of the selected token, if there is one, and of the layer."
+    return [tuple(map(float, both)) for both in re.findall(r"confidence (\d\.\d\d), entropy (\d\.\d\d) bits", page)]
+
+
+def sure(probs): return pytest.approx((max(probs.tolist()), -sum(p * math.log2(p) for p in probs.tolist())), abs=0.006)
+
+
+def test_how_sure_the_router_is():
+    trace, pieces = fake_trace(5), ["<b>", "'", "c", "", "e"]
+    for layer in (0, 1):
+        means = [sum(column) / 5 for column in zip(*(sureness(viz.tokens_html(pieces, trace, layer, t))[0] for t in range(5)))]
+        for t in range(5):
+            one, all_of_them = sureness(viz.tokens_html(pieces, trace, layer, t))
+            assert one == sure(trace.probs[layer, t]) and all_of_them == pytest.approx(means, abs=0.011)
+        assert sureness(viz.tokens_html(pieces, trace, layer)) == [all_of_them]
+    assert "Token 0, &#x27;&lt;b&gt;&#x27;: confidence" in viz.tokens_html(pieces, trace, selected=0)
+
+
+SEEN_WITH = {"protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+             "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+             "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]}    # of linear RGB: Machado et al. 2009, severity 1
+
+
+def linear_rgb(colour): # "#RRGGBB" -> (3,)
+    return torch.tensor([c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (value / 255 for value in bytes.fromhex(colour[1:]))])
+
+
+def lab(linear): # (3,) -> CIE L*a*b*, for daylight
+    xyz = torch.tensor([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]) @ linear
+    x, y, z = (t ** (1 / 3) if t > (6 / 29) ** 3 else t / (3 * (6 / 29) ** 2) + 4 / 29 for t in (xyz / torch.tensor([0.95047, 1, 1.08883])).tolist())
+    return torch.tensor([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("kind", SEEN_WITH)
+def test_the_colours_of_four_experts_differ_for_any_colour_vision(kind):
+    "About 2 can just be told apart side by side; the closest pair here has 17. (As pale as a token's background, it has 3.)"
+    seen = torch.stack([lab((torch.tensor(SEEN_WITH[kind]) @ linear_rgb(colour)).clamp(0, 1)) for colour in viz.PALETTE[:4]])
+    assert torch.pdist(seen).min() > 15
 
 
 def test_no_colour_hides_the_text():
@@ -195,13 +238,21 @@ def home(tmp_path):
 ALWAYS = ["expert_usage_mean.png", "kv_throughput_mean.png", "routing_confidence_hist.png"]
 
 
+def log(path, *rows): path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def test_plots_of_what_there_is(home):
     made = viz.make_plots(home, prompts=4)
     assert sorted(path.name for path in made) == ALWAYS == sorted(path.name for path in (home / "reports" / "figs").iterdir())
+    log(home / "artifacts" / "pretraining" / "train_log.jsonl",
+        *({"step": step, "tokens": 100 * step, "ce": 5 / step, "load_balance": 1.1, "z": 2.0, "load": [[0.25] * 4] * 3, "tokens_per_s": 1000} for step in (1, 2, 3)))
+    log(home / "artifacts" / "pretraining" / "val_log.jsonl", {"step": 3, "tokens": 300, "nats": 2.0})
     save_checkpoint(home / "artifacts" / "dpo" / "ckpt_best.pt", MODEL)
     (home / "reports" / "scorecard.json").write_text(json.dumps(SCORES), encoding="utf-8")
-    assert sorted(path.name for path in viz.make_plots(home, prompts=4)) == sorted([*ALWAYS, "scorecard.png"])
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in made)
+    done = CliRunner().invoke(cli.app, ["make-plots", "--home", str(home)], catch_exceptions=False)
+    figures = sorted((home / "reports" / "figs").iterdir())
+    assert [path.name for path in figures] == sorted([*ALWAYS, "pretrain_training_summary.png", "scorecard.png"])
+    assert done.exit_code == 0 and done.output.count("Drawn: ") == 5 and all(path.read_bytes().startswith(b"\x89PNG") for path in figures)
 
 
 def test_plots_without_shards_or_with_those_of_another_tokenizer(home):
@@ -237,6 +288,10 @@ def test_a_text_under_your_hands():
     before = seen()
     token.value = 1
     assert words.value != before[0] and weights.value != before[1]
+    trace = trace_routing(MODEL, encode_prompt(TOK, "the cat")[0])
+    for t, l in ((1, 0), (1, 2), (2, 2)):           # how sure the router is follows both sliders
+        token.value, layer.value = t, l
+        assert sureness(words.value) == [sure(trace.probs[l, t]), pytest.approx((trace.confidence[l].mean().item(), trace.entropy[l].mean().item()), abs=0.006)]
     token.value = token.max
     box.value = "a"                                 # shorter: the token slider follows
     assert token.max == len(TOK.encode("a").ids) and token.value <= token.max and usage.value != before[2]
@@ -244,11 +299,30 @@ def test_a_text_under_your_hands():
     assert box.value.startswith("a") and len(Page(words.value).tokens) > 2
     box.value = "<script>" * 3
     assert "<script" not in words.value
-    box.value = "the cat sat " * 100
-    assert "context" in words.value and "<" not in words.value      # the sentence of the error
-    more.click(), setattr(layer, "value", 1)                        # still alive
     box.value = ""
     assert len(Page(words.value).tokens) == 1
+
+
+TOO_LONG = "the cat sat " * 100
+
+
+@pytest.mark.parametrize("first", [TOO_LONG, "the cat"], ids=["at first", "later"])
+def test_a_text_that_is_too_long_is_a_sentence_until_a_good_one_comes(first):
+    (box, more), (layer, token), words, weights, usage = (getattr(child, "children", None) or child for child in viz.explore_text(MODEL, TOK, first).children)
+    token.value = token.max
+    box.value = TOO_LONG
+    sentence = words.value
+    assert "context" in sentence and "<" not in sentence
+    layer.value, token.value = 1, 0
+    assert (words.value, weights.value, usage.value) == (sentence, b"", b"")
+    more.click()
+    assert "context" in words.value and "<" not in words.value and (weights.value, usage.value) == (b"", b"")
+    assert weights.layout.display == usage.layout.display == "none"     # an empty picture would be drawn as a broken one
+    box.value = "the dog"
+    assert "".join(piece for piece, _ in Page(words.value).tokens) == "·the dog" and "Layer 1;" in words.value
+    assert bytes(weights.value[:4]) == bytes(usage.value[:4]) == b"\x89PNG" and weights.layout.display is usage.layout.display is None
+    layer.value, token.value = 0, 1
+    assert "Layer 0;" in words.value and [("outline" in style) for style in Page(words.value).styles].index(True) == 1
 
 
 def test_words_under_your_hands():
@@ -260,6 +334,14 @@ def test_words_under_your_hands():
     before = table.value
     least.value = 100
     assert table.value != before
+
+
+def test_pairs_under_your_hands():
+    trace = fake_trace(50, L=3)
+    layer, picture = viz.explore_pairs(trace).children
+    for layer.value in (2, 0, 1):
+        assert picture.value == viz.figure_png(viz.heat_figure({f"Layer {layer.value}": trace.pairs[layer.value]}, "expert", "expert", darkest=trace.pairs.max()))
+    assert viz.heat_figure({"a": trace.pairs[0]}, darkest=0.9).axes[0].images[0].get_clim() == (0, 0.9)
 
 
 def test_an_expert_off_under_your_hands():
