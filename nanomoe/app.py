@@ -24,9 +24,10 @@ from nanomoe.generate import encode_prompt, stream
 from nanomoe.routing import trace_routing
 from nanomoe.sft import prompt_ids
 from nanomoe.stories import THEMES
+from nanomoe.style import PALETTE
 from nanomoe.synth import Seed, broken_rules, contains, count_sentences
 from nanomoe.tokenizer import BOS, EOS, load_tokenizer, tokenizer_hash
-from nanomoe.viz import PALETTE, figure_png, measure_decoding, throughput_figure, token_pieces, tokens_html
+from nanomoe.viz import figure_png, measure_decoding, throughput_figure, token_pieces, tokens_html
 
 ENDS = {"stop": "came to its end", "length": "stopped at the most tokens", "context": "stopped, the context is full", None: "interrupted"}
 FORM = {"who": "Lily", "theme": "kindness", "phrases": "big brass bell, long rope", "banned": "", "sentences": (12, 18)}

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +18,11 @@ from nanomoe.checkpoint import save_checkpoint
 from nanomoe.config import ModelConfig
 from nanomoe.data import write_shards
 from nanomoe.files import UserError
+from nanomoe.lab import lab_figure
 from nanomoe.generate import encode_prompt
 from nanomoe.routing import Trace, expert_words, trace_routing, trace_stories
 from nanomoe.stories import storybook
+from nanomoe.style import PALETTE
 from nanomoe.tokenizer import save_tokenizer, train_tokenizer
 from test_oracle import random_model
 
@@ -128,7 +131,7 @@ def lab(linear): # (3,) -> CIE L*a*b*, for daylight
 @pytest.mark.parametrize("kind", SEEN_WITH)
 def test_the_colours_of_four_experts_differ_for_any_colour_vision(kind):
     "About 2 can just be told apart side by side; the closest pair here has 17. (As pale as a token's background, it has 3.)"
-    seen = torch.stack([lab((torch.tensor(SEEN_WITH[kind]) @ linear_rgb(colour)).clamp(0, 1)) for colour in viz.PALETTE[:4]])
+    seen = torch.stack([lab((torch.tensor(SEEN_WITH[kind]) @ linear_rgb(colour)).clamp(0, 1)) for colour in PALETTE[:4]])
     assert torch.pdist(seen).min() > 15
 
 
@@ -163,22 +166,25 @@ def test_words_are_escaped():
 def titles(figure): return [ax.get_title(loc="left") for ax in figure.axes if ax.axison]
 
 
-def figures():
+def figures(folder):
+    log(folder / "train_log.jsonl", *TRAINED)
     trace, usage = fake_trace(50, L=5), torch.rand(6, 5, 4)
     return {"weights": viz.weights_figure(trace, 3, "a $ sign"), "usage": viz.usage_figure({"pretrain": usage, "sft": usage, "dpo": usage[:, :2]}),
             "confidence": viz.confidence_figure({"pretrain": trace.confidence, "sft": trace.confidence[:2]}), "heat": viz.heat_figure({"a": trace.pairs[0], "b": -trace.pairs[1]}),
-            "throughput": viz.throughput_figure(torch.arange(3), {"with": torch.rand(4, 3), "without": torch.rand(4, 3)}), "scorecard": viz.scorecard_figure(SCORES)}
+            "throughput": viz.throughput_figure(torch.arange(3), {"with": torch.rand(4, 3), "without": torch.rand(4, 3)}), "scorecard": viz.scorecard_figure(SCORES),
+            "training": viz.plot_training(folder), "lab": lab_figure(json.loads((Path(__file__).parents[1] / "nbs" / "results" / "lab.json").read_text(encoding="utf-8"))["rows"])}
 
 
 SCORES = {"base": {"a": {"mean": 0.3, "low": 0.2, "high": 0.5}, "b": {"mean": 5}}, "sft": {"a": {"mean": 0.4, "low": 0.35, "high": 0.5}}}
 
 
-def test_figures_are_drawn_in_one_style_and_leave_pyplot_alone():
+def test_figures_are_drawn_in_one_style_and_leave_pyplot_alone(tmp_path):
     import matplotlib.pyplot as plt
-    for name, figure in figures().items():
+    for name, figure in figures(tmp_path).items():
         assert isinstance(figure, Figure) and viz.figure_png(figure).startswith(b"\x89PNG"), name
         for ax in figure.axes:
             assert ax.get_title(loc="center") == "" and not (ax.axison and ax.spines["top"].get_visible() or ax.axison and ax.spines["right"].get_visible()), name
+            assert ax._left_title.get_size() == 10 and {line.get_color() for line in ax.get_lines()} <= {*PALETTE, "#444444"}, name
     assert not plt.get_fignums()
 
 
@@ -238,14 +244,16 @@ def home(tmp_path):
 ALWAYS = ["expert_usage_mean.png", "kv_throughput_mean.png", "routing_confidence_hist.png"]
 
 
+TRAINED = [{"step": step, "tokens": 100 * step, "ce": 5 / step, "load_balance": 1.1, "z": 2.0, "load": [[0.25] * 4] * 3, "tokens_per_s": 1000} for step in (1, 2, 3)]
+
+
 def log(path, *rows): path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def test_plots_of_what_there_is(home):
     made = viz.make_plots(home, prompts=4)
     assert sorted(path.name for path in made) == ALWAYS == sorted(path.name for path in (home / "reports" / "figs").iterdir())
-    log(home / "artifacts" / "pretraining" / "train_log.jsonl",
-        *({"step": step, "tokens": 100 * step, "ce": 5 / step, "load_balance": 1.1, "z": 2.0, "load": [[0.25] * 4] * 3, "tokens_per_s": 1000} for step in (1, 2, 3)))
+    log(home / "artifacts" / "pretraining" / "train_log.jsonl", *TRAINED)
     log(home / "artifacts" / "pretraining" / "val_log.jsonl", {"step": 3, "tokens": 300, "nats": 2.0})
     save_checkpoint(home / "artifacts" / "dpo" / "ckpt_best.pt", MODEL)
     (home / "reports" / "scorecard.json").write_text(json.dumps(SCORES), encoding="utf-8")
