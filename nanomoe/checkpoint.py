@@ -9,6 +9,7 @@ __all__ = ['save_checkpoint', 'load_checkpoint', 'load_model', 'vocabulary_hash'
 # The code of this module is written in nbs/04_pretrain.ipynb.
 
 # %% ../nbs/04_pretrain.ipynb #8ee352e1
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -32,18 +33,30 @@ def save_checkpoint(path: str | Path, # ends in .pt, or in .safetensors for weig
     vocabulary = getattr(model, "vocabulary", None)     # of its tokenizer, see `check_tokenizer`
     with write_atomically(path) as file:
         if path.suffix == ".safetensors":
-            text = json.dumps(config)
-            file.write(safetensors.torch.save(weights, {"config": text, "sha256": _fingerprint(text, weights), "vocabulary": vocabulary or ""}))
-        else: _save_pt({"config": config, "model": weights, "vocabulary": vocabulary, **state}, file)
+            text, vocabulary = json.dumps(config), vocabulary or ""
+            file.write(safetensors.torch.save(weights, {"config": text, "sha256": _fingerprint([text, _by_name(weights), vocabulary]), "vocabulary": vocabulary}))
+        else:
+            content = {"config": config, "model": weights, "vocabulary": vocabulary, **state}
+            _save_pt({**content, "sha256": _fingerprint(content)}, file)
 
 def _save_pt(content, file):
     try: torch.save(content, file)
     except RuntimeError as error:   # it closes its archive even on a full disk, and then speaks of that alone
         raise (error.__context__ if isinstance(error.__context__, OSError) else error)
 
-def _fingerprint(config, weights): # safetensors has no checksum of its own
-    tensors = (weights[name].cpu().contiguous().view(torch.uint8).numpy().tobytes() for name in sorted(weights))
-    return sha256_of(b"".join((config.encode(), *tensors)))
+def _fingerprint(content): # of all that a checkpoint holds: safetensors has no checksum, and PyTorch does not look at those of its archive
+    digest = hashlib.sha256()
+    for part in _parts(content): digest.update(part)
+    return digest.hexdigest()
+
+def _parts(content): # its bytes, piece by piece: nothing is copied
+    if isinstance(content, torch.Tensor): yield content.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    elif isinstance(content, dict): yield from _parts([*content.items()])
+    elif isinstance(content, (list, tuple)):
+        for part in content: yield from _parts(part)
+    else: yield str(content).encode()
+
+def _by_name(weights): return [weights[name] for name in sorted(weights)]
 
 # %% ../nbs/04_pretrain.ipynb #5f858318
 def load_checkpoint(path: str | Path) -> dict: # with the keys "config", "model" and what else was saved
@@ -54,19 +67,24 @@ def load_checkpoint(path: str | Path) -> dict: # with the keys "config", "model"
     except (MemoryError, KeyboardInterrupt): raise
     except PermissionError: raise UserError(f"{path} may not be read by you: change its permissions, or name another.") from None
     except Exception as error:  # torch.load raises whatever the damage happens to lead to
-        raise UserError(f"{path} is damaged, or no checkpoint of Nano-MoE: restore it from a copy, or train again.") from error
+        raise UserError(f"{path} is damaged, or no checkpoint of Nano-MoE: restore it from a copy, or train again with --fresh.") from error
 
 def _read_pt(path):
     with ZipFile(path) as archive:      # a .pt file is a zip archive, with a checksum for every tensor
         if archive.testzip(): raise ValueError("a checksum does not match")
+        # what PyTorch takes for a folder it does not read: the tensor would be what the memory held before
+        if any(entry.external_attr & 0x10 or entry.is_dir() for entry in archive.infolist()): raise ValueError("a tensor is a folder")
     content = torch.load(path, map_location="cpu", weights_only=True)
+    if content.pop("sha256", None) not in (None, _fingerprint(content)): raise ValueError("the fingerprint does not match")  # an old checkpoint has none
     return {**content, "config": dict(content["config"]), "model": dict(content["model"])}
 
 def _read_safetensors(path):
     with safe_open(path, "pt") as file: metadata = file.metadata()
     weights = safetensors.torch.load_file(path)
-    if metadata["sha256"] != _fingerprint(metadata["config"], weights): raise ValueError("the checksum does not match")
-    return {"config": dict(json.loads(metadata["config"])), "model": weights, "vocabulary": metadata.get("vocabulary") or None}
+    config, vocabulary = metadata["config"], metadata.get("vocabulary", "")
+    fingerprints = (_fingerprint([config, _by_name(weights), *more]) for more in ([vocabulary], []))     # an old checkpoint's is without the vocabulary
+    if metadata.keys() - {"config", "sha256", "vocabulary"} or metadata["sha256"] not in fingerprints: raise ValueError("the fingerprint does not match")
+    return {"config": dict(json.loads(config)), "model": weights, "vocabulary": vocabulary or None}
 
 def load_model(path: str | Path, # a .pt or .safetensors checkpoint
                device="cpu") -> NanoMoE: # in evaluation mode, in float32
@@ -77,7 +95,7 @@ def load_model(path: str | Path, # a .pt or .safetensors checkpoint
         model.load_state_dict(content["model"])
         model.vocabulary = content.get("vocabulary")    # an old checkpoint does not say
     except (TypeError, ValueError, RuntimeError, UserError) as error:
-        raise UserError(f"{path} does not fit this version of Nano-MoE: its config and its weights disagree; train again.") from error
+        raise UserError(f"{path} does not fit this version of Nano-MoE: its config and its weights disagree; train again with --fresh.") from error
     return model.to(device).eval()
 
 # %% ../nbs/04_pretrain.ipynb #858fdee0

@@ -75,9 +75,14 @@ def _check_home(home):
     if not writable: raise UserError(f"Cannot write into {home}: name a folder that you may write to with --home.")
 
 
+def _is_first():
+    "Under torchrun the first process speaks, and holds the home, for all. RANK alone, which other programs set, too, says nothing."
+    return int(os.environ.get("WORLD_SIZE", 1)) == 1 or int(os.environ.get("RANK", 0)) == 0
+
+
 def _alone(home):
-    "While a command writes, no other may write into the same home; under torchrun the first process holds it for all."
-    return nullcontext() if int(os.environ.get("RANK", 0)) else alone_in(home, shlex.join(["nanomoe", *sys.argv[1:]]))
+    "While a command writes, no other may write into the same home."
+    return alone_in(home, shlex.join(["nanomoe", *sys.argv[1:]])) if _is_first() else nullcontext()
 
 
 def _check_memory(cfg):
@@ -141,7 +146,7 @@ def _pretrain(home, chosen, device, fresh):
     from nanomoe.train import plot_training, pretrain
     tok = load_tokenizer(home / "tokenizer.json")
     best = pretrain(home, chosen, device, fresh, sample=lambda model: tell_story(model, tok, temperature=0.8, seed=chosen.train.seed, max_new_tokens=150))
-    if int(os.environ.get("RANK", 0)) == 0:
+    if _is_first():
         _save_figure(plot_training(home / "artifacts" / "pretraining"), home / "reports" / "figs" / "pretrain_training_summary.png")
         out.print(f"Validation: {best['bpb']:.4f} bits per byte, {best['nats']:.4f} nats per token (best, after step {best['step']:,})")
     return best
@@ -294,7 +299,7 @@ def _tune(stage, home, chosen, device, fresh):
 
     best = {"sft": train_sft, "dpo": train_dpo}[stage](home, chosen, device, fresh, sample)
     what = f"{best['nats']:.4f} nats per token of held-out answers" if stage == "sft" else f"{best['accuracy']:.0%} of held-out pairs the right way round, loss {best['dpo']:.4f}"
-    if int(os.environ.get("RANK", 0)) == 0: out.print(f"{stage.upper()}: {what} (best, after step {best['step']:,})")
+    if _is_first(): out.print(f"{stage.upper()}: {what} (best, after step {best['step']:,})")
 
 
 def _judge(home, device, prompts):

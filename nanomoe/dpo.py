@@ -234,7 +234,7 @@ def _watched(sample, before): # the same sample, which ends the training if it r
     def watch(model):
         text = sample(model)
         if repetition(text) > max(0.5, 2 * repetition(before)):
-            raise UserError(f"The sample repeats itself ({repetition(text):.0%} of its runs of four words): the model is collapsing, so training stopped, and ckpt_best.pt is as good as it was; lower dpo.lr and dpo.muon_lr, or raise dpo.beta, and start with --fresh.")
+            raise UserError(f"The sample repeats itself ({repetition(text):.0%} of its runs of four words): the model is collapsing, so training stopped, and what was saved before stays; lower dpo.lr and dpo.muon_lr, or raise dpo.beta, and start with --fresh.")
         return text
     return watch
 
@@ -247,7 +247,7 @@ def score_pairs(model: NanoMoE, pairs: list[Pair], cfg: DPOConfig) -> dict:
     tokens = sum(len(pair.chosen[1]) - len(pair.prompt) + 1 for pair in pairs)
     drop = (ref[:, 0] - logps[:, 0]).sum().item() / tokens
     if drop > MAX_DROP:
-        raise UserError(f"The chosen answers have become {drop:.2f} nats per token less likely than under the reference: the model is collapsing, so training stopped, and ckpt_best.pt is as good as it was; raise dpo.rpo_alpha or dpo.beta, or lower dpo.lr and dpo.muon_lr, and start with --fresh.")
+        raise UserError(f"The chosen answers have become {drop:.2f} nats per token less likely than under the reference: the model is collapsing, so training stopped, and what was saved before stays; raise dpo.rpo_alpha or dpo.beta, or lower dpo.lr and dpo.muon_lr, and start with --fresh.")
     accuracy = {f"accuracy_{split}": right[[pair.split == split for pair in pairs]].float().mean().item() for split in dict.fromkeys(pair.split for pair in pairs)}
     return {"dpo": result.loss.mean().item(), "accuracy": right.float().mean().item(), **accuracy, "margin": (result.chosen - result.rejected).mean().item(),
             "chosen_reward": result.chosen.mean().item(), "rejected_reward": result.rejected.mean().item(), "chosen_logp": -0.0 + logps[:, 0].sum().item() / tokens}

@@ -51,6 +51,7 @@ def write_atomically(path, # the file to write; its folder is made if need be
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _fsync_folder(path.parent)
     except OSError as error:
         # a failed write names no file; an error that names another file is not ours to explain
         ours = error.filename is None or Path(error.filename) in (temporary, *path.parents)
@@ -60,6 +61,13 @@ def write_atomically(path, # the file to write; its folder is made if need be
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+def _fsync_folder(folder): # the new name, too, is to survive a power cut
+    if os.name != "posix": return       # Windows opens no folders
+    with suppress(OSError):             # some disks cannot: the file is there all the same
+        opened = os.open(folder, os.O_RDONLY)
+        try: os.fsync(opened)
+        finally: os.close(opened)
 
 # %% ../nbs/00_tokenizer.ipynb #c5e05a19
 def remove_leftovers(path, # a file that may have been written by a process that was killed
@@ -115,7 +123,7 @@ import re
 # %% ../nbs/04_pretrain.ipynb #bd56a1ea
 def is_out_of_memory(error: BaseException) -> bool:
     "Whether an error says so; PyTorch has several ways to."
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search("out of memory|allocate memory|Storage size", str(error)) is not None)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search("out of memory|allocate memory|Storage size|STATUS_ALLOC_FAILED|Invalid buffer size", str(error)) is not None)
 
 # %% ../nbs/04_pretrain.ipynb #636900f9
 import nanomoe

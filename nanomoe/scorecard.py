@@ -24,7 +24,7 @@ from .model import NanoMoE
 from .sft import prompt_ids
 from .synth import Seed, broken_rules, contains, load_prompt_seeds, repetition
 from .tokenizer import EOS, load_tokenizer
-from .train import evaluate
+from .train import evaluate, in_halves
 
 # %% ../nbs/06_dpo.ipynb #6b6fd87a
 def judge_story(story: str, seed: Seed, finished: bool) -> dict[str, float | bool]: # metric -> yes or no, or a share
@@ -57,10 +57,13 @@ def judge_model(generate, # `nanomoe.generate.generate`, which notebook 07 write
     prompts = [(seed, torch.tensor(prompt_ids(tok, seed.instruction), device=device)) for seed in seeds]
     fitting = sorted((pair for pair in prompts if len(pair[1]) < model.cfg.max_seq_len), key=lambda pair: len(pair[1]))
     if {seed.split for seed, _ in fitting} != {seed.split for seed in seeds}: raise UserError("No instruction fits into the model's context: raise max_seq_len.")
+
+    def answers(numbers): # a row draws with its number as seed, in whatever batch
+        return generate(model, [fitting[i][1] for i in numbers], max_new_tokens, eos_id=EOS, temperature=temperature, seed=numbers[0])
+
     for start in range(0, len(fitting), batch_size):
         batch = fitting[start:start + batch_size]
-        rows = generate(model, [prompt for _, prompt in batch], max_new_tokens, eos_id=EOS, temperature=temperature, seed=start)
-        for (seed, prompt), row in zip(batch, rows):
+        for (seed, prompt), row in zip(batch, in_halves(answers, range(start, start + len(batch)))):
             answer = row[len(prompt):].tolist()
             results[seed.split].append(judge_story(tok.decode(answer), seed, answer[-1:] == [EOS]))
     return {split: {metric: interval([one[metric] for one in judged]) for metric in judged[0]} for split, judged in results.items()}

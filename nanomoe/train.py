@@ -97,7 +97,7 @@ def make_optimizers(model: NanoMoE, cfg: LoopConfig) -> list[torch.optim.Optimiz
 
 # %% ../nbs/04_pretrain.ipynb #482b17c4
 def in_halves(measure, # measure(*batch) -> a number to add up, or a list to join
-              *batch: Tensor): # (B, ...) each
+              *batch): # (B, ...) tensors, or ranges: whatever can be cut in two
     "What `measure` says of a batch, or, where the memory does not suffice, of its halves together."
     try: return measure(*batch)
     except (MemoryError, RuntimeError) as error:
@@ -147,6 +147,9 @@ class Log:
 
     def write(self, **row):
         with open(self.path, "a", encoding="utf-8") as file: file.write(json.dumps(row) + "\n")
+
+    def fsync(self): # before a checkpoint is saved: after a power cut, too, the log knows its steps
+        with open(self.path, "a") as file: os.fsync(file.fileno())
 
 def read_log(path: str | Path) -> list[dict]: # a row for every line; none if the file is missing
     "The rows of a log, as far as they are whole: a kill, or a full disk, may have cut the last one short."
@@ -218,7 +221,7 @@ def _backward(objective, cfg, batches):
 # %% ../nbs/04_pretrain.ipynb #e6707f86
 def _diverged(step, loss, norm=None):
     what = f"The loss is {loss:.3g}" + (f" and the norm of its gradient {norm:.3g}" if norm is not None else "")
-    return UserError(f"{what} at step {step:,}: training stopped, and ckpt_best.pt is as good as it was; lower lr and muon_lr and start with --fresh.")
+    return UserError(f"{what} at step {step:,}: training stopped, and what was saved before stays; lower lr and muon_lr and start with --fresh.")
 
 def _in_any_process(flag, device): # all must stop at the same step, or the others would wait for ever
     if _place()[1] == 1: return flag
@@ -239,9 +242,13 @@ _FREE = {"evals", "log_every", "save_minutes", "compile", "patience"}
 def _identity(model, cfg, data):
     return {**asdict(model.cfg), **{name: value for name, value in asdict(cfg).items() if name not in _FREE}, "data": data}
 
-def _save_last(path, model, cfg, optimizers, step, tokens, best, data):
-    save_checkpoint(path, model, identity=_identity(model, cfg, data), step=step, tokens=tokens, best=best,
+_LAST = ("ckpt_last.pt", "train_log.jsonl", "val_log.jsonl")     # what a run goes on from
+
+def _save_last(folder, logs, model, cfg, optimizers, step, tokens, best, data):
+    for log in logs: log.fsync()
+    save_checkpoint(folder / "ckpt_last.pt", model, identity=_identity(model, cfg, data), step=step, tokens=tokens, best=best,
                     optimizers=[optimizer.state_dict() for optimizer in optimizers], rng=torch.get_rng_state())
+    for name in _LAST: (folder / f"{name}.old").unlink(missing_ok=True)
 
 def _resume(path, model, cfg, optimizers, data):
     content = load_checkpoint(path)
@@ -268,7 +275,8 @@ def _begin(folder, model, cfg, optimizers, data, fresh, writes, nothing):
         raise UserError(f"{best} was not trained here and cannot be gone on from: add --fresh to replace it, or use another --home.")
     if writes:
         with write_atomically(folder / "config.json", "w") as file: json.dump({"model": asdict(model.cfg), "train": asdict(cfg)}, file, indent=2)
-        if fresh: last.unlink(missing_ok=True)      # or, killed before its first save, the new run would go on as the old one
+        if fresh and last.is_file():    # kept until the new run has saved, and under other names: killed before that, it would go on as the old one
+            for path in (folder / name for name in _LAST if (folder / name).is_file()): os.replace(path, f"{path}.old")
     return start
 
 # %% ../nbs/04_pretrain.ipynb #7d82f1f2
@@ -284,9 +292,9 @@ def fit(model: NanoMoE, cfg: LoopConfig,
        ) -> dict: # the best score, with its step
     "Train until `cfg.steps`, saving as it goes; called again, it goes on where it stopped."
     folder, (rank, world), device = Path(folder), _place(), next(model.parameters()).device
-    optimizers, last, writes = make_optimizers(model, cfg), folder / "ckpt_last.pt", rank == 0      # one process writes the files
+    optimizers, writes = make_optimizers(model, cfg), rank == 0     # one process writes the files
     start, tokens, best = _begin(folder, model, cfg, optimizers, data, fresh, writes, {goal: math.inf, "step": 0})
-    if writes: train_log, val_log = Log(folder / "train_log.jsonl", start), Log(folder / "val_log.jsonl", start)
+    if writes: train_log, val_log = logs = Log(folder / "train_log.jsonl", start), Log(folder / "val_log.jsonl", start)
     objective = Objective(model, loss)
     if world > 1: objective = DistributedDataParallel(objective, device_ids=[device.index] if device.type == "cuda" else None)
     evaluate_at = {round(cfg.steps * (i + 1) / cfg.evals) for i in range(cfg.evals)}
@@ -315,14 +323,14 @@ def fit(model: NanoMoE, cfg: LoopConfig,
                     text = sample(model) if sample else None
                     bar.write(f"step {done:,}: {_in_words(result)}" + (f"\n    {text[:200]!r}" if text else ""))
                     val_log.write(step=done, tokens=tokens, **result, sample=text)  # before the checkpoint: a resume can drop a row, and not make one up
-                    _save_last(last, model, cfg, optimizers, done, tokens, best, data)
+                    _save_last(folder, logs, model, cfg, optimizers, done, tokens, best, data)
                     if better:
                         save_checkpoint(folder / "ckpt_best.pt", model)
                         bar.set_postfix_str(f"best {goal} {best[goal]:.3f}")
                 model.train()
                 clock = saved = time.perf_counter()
             elif writes and (stop or now - saved > 60 * cfg.save_minutes):
-                _save_last(last, model, cfg, optimizers, done, tokens, best, data)
+                _save_last(folder, logs, model, cfg, optimizers, done, tokens, best, data)
                 saved = time.perf_counter()
             if stop and done < cfg.steps: raise Stopped(f"Stopped after step {done:,} of {cfg.steps:,}, and saved; the same command goes on from there.")
     if _in_any_process(bool(asked), device): raise Stopped("Stopped after the last step, and saved; the same command goes on from there.")

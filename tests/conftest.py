@@ -17,7 +17,9 @@ if threading.current_thread() is threading.main_thread(): signal.signal(signal.S
 # A busy machine is no failure, and the same commit gives the same verdict twice.
 settings.register_profile("nanomoe", deadline=None, derandomize=True, database=None,
                           suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("nanomoe")
+# Somebody has to look further, once a week: NANOMOE_FUZZ=10 tries new examples each time, and gives each target of tests/fuzz.py ten minutes.
+settings.register_profile("fuzz", settings.get_profile("nanomoe"), derandomize=False, max_examples=500, print_blob=True)
+settings.load_profile("fuzz" if os.environ.get("NANOMOE_FUZZ") else "nanomoe")
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -231,8 +231,8 @@ def test_other_settings(home, finished, says):
 def test_two_runs_in_one_home(home, finished, says):
     first = start("run", "--home", home, *TINY, accident="before('config.json', lambda: time.sleep(60))")
     while not (home / ".lock.json").is_file() or not (home / ".lock.json").read_bytes(): time.sleep(0.02)
-    for command in ("run", "pretrain"):
-        second = nanomoe(command, "--home", home, *TINY, "--fresh")
+    for command, env in (("run", {}), ("pretrain", {}), ("pretrain", {"RANK": "1"})):      # the last: not one of torchrun's, which also tells how many there are
+        second = nanomoe(command, "--home", home, *TINY, "--fresh", env=env)
         assert f"process {first.pid} " in second.err and str(time.localtime().tm_year) in second.err
         says(second)
     assert nanomoe("generate", "--home", home).status == 0

@@ -2,6 +2,7 @@
 import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nanomoe.files import UserError, remove_leftovers, sha256_of, write_atomically
+from nanomoe.files import UserError, is_out_of_memory, remove_leftovers, sha256_of, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 is_root = hasattr(os, "geteuid") and os.geteuid() == 0
@@ -227,6 +228,34 @@ def test_a_reader_never_sees_half_a_file(tmp_path):
     done.set()
     reader.join()
     assert seen <= set(contents) and len(seen) > 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows opens no folders")
+def test_the_disk_is_asked_for_the_contents_before_the_name_and_for_the_name_after(tmp_path, monkeypatch):
+    order, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: (order.append("folder" if stat.S_ISDIR(os.fstat(number).st_mode) else os.fstat(number).st_size), fsync(number)))
+    monkeypatch.setattr(os, "replace", lambda *names: (order.append("renamed"), replace(*names)))
+    with write_atomically(tmp_path / "file") as file: file.write(b"seven b")
+    assert order == [7, "renamed", "folder"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows opens no folders")
+def test_a_disk_that_cannot_be_asked_for_a_folder(tmp_path, monkeypatch):
+    fsync = os.fsync
+    def refuse(number):
+        if stat.S_ISDIR(os.fstat(number).st_mode): raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(number)
+    monkeypatch.setattr(os, "fsync", refuse)
+    with write_atomically(tmp_path / "file") as file: file.write(b"x")
+    assert (tmp_path / "file").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("error, whether", [
+    (MemoryError(), True), (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), True), (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True), (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+    (RuntimeError("Invalid buffer size: 24.00 GiB"), True), (RuntimeError("MPS backend out of memory (MPS allocated: 1.00 GiB)"), True),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), False), (ValueError("Invalid buffer size"), False), (RuntimeError("shapes differ"), False)])
+def test_what_says_that_the_memory_does_not_suffice(error, whether): assert is_out_of_memory(error) == whether
 
 
 def test_fingerprints():

@@ -1,5 +1,6 @@
 """Training that is killed, stopped, split over processes or fed nonsense: same losses, nothing lost, one clear sentence."""
 import json
+import math
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nanomoe import train
 from nanomoe.checkpoint import load_checkpoint, load_model
 from nanomoe.config import ModelConfig, Preset, TrainConfig
 from nanomoe.data import write_shards
@@ -167,6 +169,56 @@ def test_a_loss_that_is_not_a_number_stops_the_run(home):
     with pytest.raises(UserError, match="The loss is"): pretrain(home, wild)
     for name in ("ckpt_last.pt", "ckpt_best.pt"):
         if (folder / name).exists(): assert all(p.isfinite().all() for p in weights(home, name).values())
+
+
+def no_number(objective, model, cfg, optimizers, batches, step): raise train._diverged(step + 1, math.nan, 1.0)
+
+
+def test_a_loss_that_is_no_number_at_once(home, monkeypatch):
+    "No checkpoint is there yet, and none is spoken of."
+    monkeypatch.setattr(train, "train_step", no_number)
+    with pytest.raises(UserError, match="at step 1: training stopped, and what was saved before stays; lower") as caught: pretrain(home, TINY)
+    assert "ckpt_best.pt" not in str(caught.value) and not list(home.rglob("ckpt_*"))
+
+
+def test_a_fresh_run_that_fails_at_once_has_lost_nothing(home, monkeypatch):
+    folder = home / "artifacts" / "pretraining"
+    best = pretrain(home, TINY)
+    before = {name: (folder / name).read_bytes() for name in ("ckpt_last.pt", "ckpt_best.pt", "train_log.jsonl", "val_log.jsonl")}
+    monkeypatch.setattr(train, "train_step", no_number)
+    for _ in range(2):      # the second failure has nothing to keep, and keeps what is there
+        with pytest.raises(UserError, match="loss is nan"): pretrain(home, TINY, fresh=True)
+        found = {name: (folder / (name if name == "ckpt_best.pt" else f"{name}.old")).read_bytes() for name in before}
+        assert found == before and not (folder / "ckpt_last.pt").exists()
+    monkeypatch.undo()
+    back = home.parent / "back"
+    shutil.copytree(home, back)
+    for old in back.rglob("*.old"): old.replace(old.with_suffix(""))
+    assert pretrain(back, TINY) == best and (back / "artifacts" / "pretraining" / "train_log.jsonl").read_bytes() == before["train_log.jsonl"]
+
+    def kept(model): return repr(sorted(path.name for path in folder.glob("*.old")))
+    pretrain(home, TINY, sample=kept)       # as after a kill: not gone on from the old one, which is kept until this one has saved
+    rows = read_log(folder / "val_log.jsonl")
+    assert [row["step"] for row in rows] == [10, 20, 30, 40] and rows[0]["sample"].count(".old") == 3 and rows[1]["sample"] == "[]"
+
+
+def test_a_checkpoint_is_never_newer_than_its_logs(home, monkeypatch):
+    "Not even after a power cut, when what was not asked for may be missing from the disk."
+    folder, saved, checked, fsync, rename = home / "artifacts" / "pretraining", {}, [], os.fsync, os.replace
+    def recorded(number):
+        saved[os.fstat(number).st_ino] = os.fstat(number).st_size
+        fsync(number)
+
+    def checking(old, new):
+        if str(new).endswith("ckpt_last.pt"):
+            logs = [(folder / name).stat() for name in ("train_log.jsonl", "val_log.jsonl")]
+            checked.append(all(log.st_size == saved[log.st_ino] for log in logs))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    monkeypatch.setattr(os, "replace", checking)
+    pretrain(home, Preset(TINY.model, replace(TINY.train, save_minutes=0)))
+    assert checked == [True] * 40
 
 
 def test_logs_are_whole_and_say_what_they_should(uninterrupted):

@@ -152,6 +152,23 @@ def test_the_same_numbers_twice_and_in_any_batch(tok, model, temperature):
     assert all(0 < len(answer) <= 12 for answer in said(5)[1])
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_instructions_that_do_not_fit_into_memory_go_in_halves(tok, model, temperature):
+    seeds, heard = [replace(SEED, id=f"val-{i}", protagonist=name) for i, name in enumerate(["Mia", "Tom", "brave teapot", "Zoe", "old drum"])], []
+    def said(most):
+        answers = []
+        def greedy(model, prompts, new, **how):
+            heard.append(len(prompts))
+            if len(prompts) > most: raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+            rows = generate(model, prompts, new, **how)
+            answers.extend(row.tolist() for row in rows)
+            return rows
+        return judge_model(greedy, model, tok, seeds, temperature, max_new_tokens=12, batch_size=4), answers
+    assert said(4) == said(2) == said(1)
+    assert heard == [4, 1] + [4, 2, 2, 1] + [4, 2, 1, 1, 2, 1, 1, 1]
+    with pytest.raises(RuntimeError, match="ALLOC_FAILED"): said(0)
+
+
 # The whole card
 
 @pytest.fixture
