@@ -305,6 +305,7 @@ def test_the_results_are_those_of_the_files():
     stored = "".join("".join(o["data"]["text/markdown"]) for c in cells(NBS / "results.ipynb") for o in c.get("outputs", []))
     again = "cd nbs && jupyter nbconvert --to notebook --execute --inplace results.ipynb && cd .. && nbdev_clean --fname nbs/results.ipynb"
     assert [stored] == shown, f"run: {again}"
+    assert namespace["as_rows"]({"base": {"sha256": "af", "bpb": 1.0}, "sft": {"bpb": 2.0}}) == [{"what": "bpb", "base": 1.0, "sft": 2.0}]
     for path in NBS.glob("results/*.json"):
         assert path.name in stored
         section = next(s for s in re.split(r"^## ", stored, flags=re.M) if path.name in s)
