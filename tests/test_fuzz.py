@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("atheris", reason="needs atheris, where it installs: pip install atheris")
 
 
-@pytest.mark.parametrize("target", ["rows", "log", "prompt", "text", "tokenizer", "setting"])
+@pytest.mark.parametrize("target", ["rows", "log", "card", "prompt", "text", "tokenizer", "setting"])
 def test_no_input_reaches_an_exception(target, tmp_path):
     done = subprocess.run([sys.executable, str(Path(__file__).with_name("fuzz.py")), target, "-runs=1000", "-max_total_time=60", "-seed=1", f"-artifact_prefix={tmp_path}/"],
                           capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=300, env={**os.environ, "TMPDIR": str(tmp_path)})
