@@ -259,7 +259,7 @@ _FILES = {"config.json", "generation_config.json", "model.safetensors", "tokeniz
 def _whole_folder(folder, replaceable):
     "A new folder to write into. It takes the place of `folder` at the end; if anything fails before, all stays as it was."
     folder = Path(folder).resolve()
-    for leftover in folder.parent.glob(f".{escape(folder.name)}.*.old"):    # of a process that was killed while it exchanged the two
+    for leftover in folder.parent.glob(f".{escape(folder.name)}.[0-9]*.old"):   # of a process that was killed while it exchanged the two
         if not replaceable(leftover): continue
         if folder.exists(): shutil.rmtree(leftover, ignore_errors=True)
         else: os.replace(leftover, folder)
