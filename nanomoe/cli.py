@@ -701,10 +701,21 @@ def export_hf(folder: Annotated[Path, typer.Argument(help="The folder to write."
 
 @export.command("gguf")
 def export_gguf(file: Annotated[Path, typer.Argument(help="The file to write.")], home: Home = Path("."), checkpoint: Checkpoint = "latest",
-                kind: Annotated[str, typer.Option(help="`F32`, `F16` or `Q8_0`.")] = "F16"):
+                kind: Annotated[str, typer.Option(help="`F32`, `F16` or `Q8_0`.")] = "F16",
+                cost: Annotated[bool, typer.Option("--cost", help="Measure what the rounding costs, on the stories that the home keeps for validation.")] = False):
     "For llama.cpp and Ollama: one file."
-    from nanomoe.export import export_gguf
-    out.print(f"Written: {export_gguf(*_find_checkpoint(home, checkpoint), file, kind)}")
+    from nanomoe.checkpoint import load_model
+    from nanomoe.data import load_shards
+    from nanomoe.export import export_gguf, read_gguf
+    from nanomoe.tokenizer import load_tokenizer
+    from nanomoe.train import evaluate
+    path, tokenizer = _find_checkpoint(home, checkpoint)
+    shards = load_shards(home / "data" / "shards", load_tokenizer(tokenizer)) if cost else None     # or say what is missing before anything is written
+    out.print(f"Written: {export_gguf(path, tokenizer, file, kind)}")
+    if not cost: return
+    model = load_model(path)
+    before, after = (evaluate(one, shards.val, shards.meta["splits"]["val"]["bytes"], 8, model.cfg.max_seq_len)["bpb"] for one in (model, read_gguf(file, model.cfg)))
+    out.print(f"{kind}, whole validation split: {before:.5f} -> {after:.5f} bits per byte ({after - before:+.5f}), {path.stat().st_size / 1e6:.1f} -> {file.stat().st_size / 1e6:.1f} MB")
 
 
 @export.command("checkpoints")
@@ -717,10 +728,9 @@ def export_checkpoints(folder: Annotated[Path, typer.Argument(help="The folder t
 
 @bring.command("hf")
 def import_hf(folder: Annotated[Path, typer.Argument(help="A folder that `nanomoe export hf` wrote.")], home: Home = Path(".")):
-    "Make a home folder of an exported model, without a bit lost."
+    "Make a home folder of an exported model, which becomes the stage again that it was, without a bit lost."
     from nanomoe.export import import_hf
-    _check_home(home)
-    with _alone(home): import_hf(folder, home)
+    with _alone(home): import_hf(folder, home)      # which makes the home, once there is something to write
     out.print(f"Back in {home.resolve()}: `nanomoe generate{_at(home)}`")
 
 

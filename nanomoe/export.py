@@ -29,9 +29,9 @@ from torch import Tensor
 
 from .checkpoint import check_tokenizer, load_checkpoint, load_model, save_checkpoint, vocabulary_hash
 from .config import ModelConfig
-from .files import STAGES, UserError, find_checkpoints, write_atomically
+from .files import STAGES, UserError, find_checkpoints, sha256_of, write_atomically
 from .model import NanoMoE
-from .tokenizer import BOS, EOS, PAD, SPECIALS, UNK, load_tokenizer, save_tokenizer
+from .tokenizer import BOS, EOS, PAD, SPECIALS, UNK, load_tokenizer, save_tokenizer, tokenizer_hash
 from .train import read_log
 
 # %% ../nbs/09_export.ipynb #ec84183f
@@ -161,57 +161,79 @@ def tokenizer_from_hf(text: str) -> Tokenizer: # the contents of tokenizer.json
 # %% ../nbs/09_export.ipynb #e9c46800
 def _home_of(path): return path.parents[2] if path.parent.parent.name == "artifacts" else path.parent
 
-def _read_json(file):
-    try: return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError): return {}
+def _stage_of(path): # a key of STAGES; None if the file's place does not say
+    place = path.parent.name if path.parent.parent.name == "artifacts" else path.stem
+    return next((name for name, folder in STAGES.items() if folder == place), None)
 
-def _scores(path): # of this checkpoint on the scorecard; an older card is about other weights
-    file, stage = _home_of(path) / "reports" / "scorecard.json", {"pretraining": "base"}.get(path.parent.name, path.parent.name)
-    if path.stem != "ckpt_best" or not file.is_file() or file.stat().st_mtime < path.stat().st_mtime: return {}
-    return _read_json(file).get(stage, {})
+def _read_json(file): # what is no object says nothing
+    try: content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError): content = None
+    return content if isinstance(content, dict) else {}
+
+def _scores(path): # of this very file on its home's scorecard, which may be about other weights
+    stage = _stage_of(path)
+    scores = _read_json(_home_of(path) / "reports" / "scorecard.json").get({"pretrain": "base"}.get(stage, stage))
+    return scores if isinstance(scores, dict) and scores.get("sha256") == sha256_of(path.read_bytes()) else {}
+
+def _data(path, step): # the stories
+    meta = _read_json(_home_of(path) / "data" / "shards" / "meta.json")
+    name, train = Path(meta["source"].partition(",")[0]).name, meta["splits"]["train"]
+    return f"{name + ': ' if name else ''}{train['stories']:,} stories, {train['tokens']:,} tokens"
+
+def _training_run(path, step):
+    rows = read_log(path.parent / "train_log.jsonl")
+    seconds = sum((row["tokens"] - before["tokens"]) / max(row["tokens_per_s"], 0.1) for before, row in zip([{"tokens": 0}, *rows], rows))
+    return f"{rows[-1]['tokens']:,} tokens in {f'{seconds / 60:.1f} minutes' if seconds > 90 else f'{seconds:.0f} seconds'}"
 
 def _bits_per_byte(path, step): # of the step that the checkpoint is from; without one, of the best
-    rows = [row for row in read_log(path.parent / "val_log.jsonl") if isinstance(row.get("bpb"), float) and step in (None, row["step"])]
-    if rows:
-        best = min(rows, key=lambda row: row["bpb"])
-        return f"{best['bpb']:.4f} on the whole validation split, after step {best['step']:,}"
-    return f"{bpb:.4f} on the whole validation split" if (bpb := _scores(path).get("bpb")) else None
+    rows = [row for row in read_log(path.parent / "val_log.jsonl") if isinstance(row.get("bpb"), float) and math.isfinite(row["bpb"]) and step in (None, row["step"])]
+    if not rows: return f"{_scores(path)['bpb']:.4f} on the whole validation split"
+    best = min(rows, key=lambda row: row["bpb"])
+    return f"{best['bpb']:.4f} on the whole validation split, after step {best['step']:,}"
 
 # %% ../nbs/09_export.ipynb #dd7162a2
+_UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)  # what a damaged file of the run leads to; its fact is left out
+
 def _facts(path, model, step): # -> pairs (what, value)
     yield "Parameters", f"{model.num_parameters():,}; each token meets {model.num_parameters(active=True):,}"
     if step is None and path.stem != "ckpt_best": return    # no log says which weights these are
-    meta, rows = _read_json(_home_of(path) / "data" / "shards" / "meta.json"), read_log(path.parent / "train_log.jsonl")
-    if meta:
-        name, train = Path(meta["source"].partition(",")[0]).name, meta["splits"]["train"]
-        yield "Data", f"{name + ': ' if name else ''}{train['stories']:,} stories, {train['tokens']:,} tokens"
-    if rows:
-        seconds = sum((row["tokens"] - before["tokens"]) / max(row["tokens_per_s"], 0.1) for before, row in zip([{"tokens": 0}, *rows], rows))
-        yield "Training run", f"{rows[-1]['tokens']:,} tokens in {f'{seconds / 60:.1f} minutes' if seconds > 90 else f'{seconds:.0f} seconds'}"
-    if bpb := _bits_per_byte(path, step): yield "Bits per byte", bpb
+    for what, read in {"Data": _data, "Training run": _training_run, "Bits per byte": _bits_per_byte}.items():
+        with suppress(*_UNREADABLE): yield what, read(path, step)
 
 _KEPT = {"protagonist": "its protagonist", "required_all": "all its phrases", "length_kept": "its length", "finished": "comes to an end"}
 
 def _kept(path): # Markdown: the share of instructions that the likeliest answer keeps
     scores = _scores(path)
-    try: seen, unseen = (scores[name]["greedy"] for name in ("seen", "unseen"))
-    except KeyError: return ""
     def cell(metric): return f"{metric['mean']:.0%} ({metric['low']:.0%} to {metric['high']:.0%})"
-    rows = "\n".join(f"| {text} | {cell(seen[name])} | {cell(unseen[name])} |" for name, text in _KEPT.items())
-    return f"""
+    with suppress(*_UNREADABLE):
+        seen, unseen = (scores[name]["greedy"] for name in ("seen", "unseen"))
+        rows = "\n".join(f"| {text} | {cell(seen[name])} | {cell(unseen[name])} |" for name, text in _KEPT.items())
+        return f"""
 Held-out instructions whose answer keeps what they ask for, with 95 % intervals:
 
 | | {seen['finished']['n']} about known protagonists | {unseen['finished']['n']} about new ones |
 |---|---|---|
 {rows}
 """
+    return ""
+
+# %% ../nbs/09_export.ipynb #0de042ce
+_HEAD = "| | |\n|---|---|\n"
+
+def _given(path): # what the card says of a checkpoint that it was given away with; nothing without one
+    try: card = (path.parent / "README.md").read_text(encoding="utf-8")
+    except (OSError, ValueError): return ""
+    section = card.partition(f"\n## {path.name}\n")[2].partition("\n## ")[0]
+    return "".join(section.partition(_HEAD)[1:]) if card.startswith("# Checkpoints\n") else ""
+
+def _measured(path, model): # Markdown
+    path, step = Path(path).resolve(), load_checkpoint(path).get("step")
+    return _given(path) or _HEAD + "".join(f"| {what} | {value} |\n" for what, value in _facts(path, model, step)) + _kept(path)
 
 # %% ../nbs/09_export.ipynb #e451c7ad
 def model_card(checkpoint_path: str | Path, model: NanoMoE, dtype: str = "float32") -> str: # Markdown
     "What the model is, what was measured, and how to use it."
     cfg, kind = model.cfg, family_of(model)
-    path, step = Path(checkpoint_path).resolve(), load_checkpoint(checkpoint_path).get("step")
-    facts = "\n".join(f"| {what} | {value} |" for what, value in _facts(path, model, step))
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -228,10 +250,7 @@ print(tell("Once upon a time", max_new_tokens=100, do_sample=True, temperature=0
 
 Measured before the export, in float32:
 
-| | |
-|---|---|
-{facts}
-{_kept(path)}"""
+{_measured(checkpoint_path, model)}"""
 
 # %% ../nbs/09_export.ipynb #4088c153
 _FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
@@ -240,6 +259,10 @@ _FILES = {"config.json", "generation_config.json", "model.safetensors", "tokeniz
 def _whole_folder(folder, replaceable):
     "A new folder to write into. It takes the place of `folder` at the end; if anything fails before, all stays as it was."
     folder = Path(folder).resolve()
+    for leftover in folder.parent.glob(f".{escape(folder.name)}.[0-9]*.old"):   # of a process that was killed while it exchanged the two
+        if not replaceable(leftover): continue
+        if folder.exists(): shutil.rmtree(leftover, ignore_errors=True)
+        else: os.replace(leftover, folder)
     if folder.exists() and not replaceable(folder):
         raise UserError(f"{folder} holds something other than an earlier export, and nothing was written: choose a new folder.")
     new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
@@ -276,13 +299,12 @@ def export_checkpoints(home: str | Path, # a folder with checkpoints, of one sta
     tok, parts = load_tokenizer(home / "tokenizer.json"), []
     with _whole_folder(folder, _is_given) as new:
         for name, path in found.items():
-            model, step = load_model(path), load_checkpoint(path).get("step")
+            model = load_model(path)
             check_tokenizer(tok, model)
             model.vocabulary = vocabulary_hash(tok)
-            facts = "\n".join(f"| {what} | {value} |" for what, value in _facts(path.resolve(), model, step))
-            parts.append(f"## {STAGES[name]}.safetensors\n\nMade by `{_COMMANDS[name]}`:\n\n| | |\n|---|---|\n{facts}\n{_kept(path.resolve())}")
+            parts.append(f"## {STAGES[name]}.safetensors\n\nMade by `{_COMMANDS[name]}`:\n\n{_measured(path, model)}")
             save_checkpoint(new / f"{STAGES[name]}.safetensors", _halved(model))
-            if config := _read_json(path.parent / "config.json"):
+            if config := _read_json(path.parent / "config.json") or _read_json(path.with_suffix(".json")):
                 with write_atomically(new / f"{STAGES[name]}.json", "w") as file: json.dump(config, file, indent=1)
         save_tokenizer(tok, new / "tokenizer.json")
         with write_atomically(new / "README.md", "w") as file: file.write("\n".join(("# Checkpoints\n", *([note + "\n"] if note else []), *parts)))
@@ -321,7 +343,9 @@ def export_hf(checkpoint_path: str | Path,
     "Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load."
     if dtype not in ("bfloat16", "float32"): raise UserError(f'dtype="{dtype}" is unknown; choose "bfloat16" or "float32".')
     model, tok = _load(checkpoint_path, tokenizer_path)
-    files = {"config.json": json.dumps(hf_config(model.cfg, family_of(model), dtype), indent=2), "README.md": model_card(checkpoint_path, model, dtype),
+    config = hf_config(model.cfg, family_of(model), dtype)
+    if stage := _stage_of(Path(checkpoint_path).resolve()): config["nano_moe"]["stage"] = stage     # so that it comes home to its place
+    files = {"config.json": json.dumps(config, indent=2), "README.md": model_card(checkpoint_path, model, dtype),
              "generation_config.json": json.dumps({"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}, indent=2),
              **hf_tokenizer(tok, model.cfg.max_seq_len)}
     with _whole_folder(folder, _is_export) as new:
@@ -351,6 +375,7 @@ def _settings_from(config):
     for name, type_ in get_type_hints(ModelConfig).items():
         value = settings.get(name, getattr(ModelConfig, name))
         if isinstance(value, bool) or not isinstance(value, (int, float) if type_ is float else type_): raise ValueError(f"{name} is {value}")
+    settings.pop("stage", None)     # `import_hf` reads it
     return settings
 
 _ANY = {"architectures", "dtype", "bos_token_id", "eos_token_id", "pad_token_id", "rope_theta", "nano_moe",
@@ -369,7 +394,7 @@ def _refuse_foreign(config, cfg):
 
 # %% ../nbs/09_export.ipynb #09d70fa0
 def import_hf(folder: str | Path, # holds config.json and model.safetensors, of Granite or ERNIE
-              home: str | Path | None = None, # gets tokenizer.json and artifacts/pretraining/ckpt_best.pt
+              home: str | Path | None = None, # gets tokenizer.json and the ckpt_best.pt of the stage that was exported
              ) -> NanoMoE: # in evaluation mode, in float32
     "Bring back what `export_hf` wrote, or another model that happens to be ours. Raises `UserError` for any other."
     folder = Path(folder)
@@ -384,7 +409,8 @@ def import_hf(folder: str | Path, # holds config.json and model.safetensors, of 
         model = put_together(cfg, {name: tensor.flatten() if name.endswith(".bias") else tensor for name, tensor in parts.items()})
     except (KeyError, RuntimeError) as error:
         raise UserError(f"The weights in {folder} do not fit its config.json ({str(error).splitlines()[-1].strip()}): export the model again.") from error
-    if home is not None: _write_home(Path(home), model, _read(folder / "tokenizer.json", tokenizer_from_hf), folder)
+    stage = (config.get("nano_moe") or {}).get("stage")
+    if home is not None: _write_home(Path(home), stage if stage in tuple(STAGES) else "pretrain", model, _read(folder / "tokenizer.json", tokenizer_from_hf), folder)
     return model
 
 def _read(path, parse):
@@ -393,17 +419,21 @@ def _read(path, parse):
     except (MemoryError, KeyboardInterrupt): raise
     except Exception as error: raise UserError(f"{path} cannot be read ({error}): export the model again.") from error
 
-def _write_home(home, model, tok, folder):
-    checkpoint, tokenizer = home / "artifacts" / "pretraining" / "ckpt_best.pt", home / "tokenizer.json"
+def _write_home(home, stage, model, tok, folder):
+    checkpoint, tokenizer, new = home / "artifacts" / STAGES[stage] / "ckpt_best.pt", home / "tokenizer.json", not home.exists()
     if [tok.id_to_token(i) for i in range(4)] != SPECIALS or tok.get_vocab_size() != model.cfg.vocab_size:
         raise UserError(f"The tokenizer in {folder} is not one of Nano-MoE's, or not this model's: import the model without a home.")
-    for path in (checkpoint, tokenizer):
+    known = tokenizer.exists() and tokenizer_hash(load_tokenizer(tokenizer)) == tokenizer_hash(tok)     # of another stage, or of an import that was killed
+    for path in (checkpoint, *([] if known else [tokenizer])):
         if path.exists(): raise UserError(f"{path} is there already, and nothing was written: choose another --home.")
     model.vocabulary = vocabulary_hash(tok)
-    save_tokenizer(tok, tokenizer)
-    try: save_checkpoint(checkpoint, model)
-    except BaseException:       # or the next attempt would say that there is something already
-        tokenizer.unlink(missing_ok=True)
+    try:
+        if not known: save_tokenizer(tok, tokenizer)
+        save_checkpoint(checkpoint, model)
+    except BaseException:       # leave nothing that was not there before
+        if not known: tokenizer.unlink(missing_ok=True)
+        for made in (checkpoint.parent, checkpoint.parents[1], *([home] if new else [])):
+            with suppress(OSError): made.rmdir()    # if it is empty
         raise
 
 # %% ../nbs/09_export.ipynb #64afd213

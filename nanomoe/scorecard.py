@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from .checkpoint import check_tokenizer, load_model
 from .data import load_shards
-from .files import UserError, write_atomically
+from .files import UserError, sha256_of, write_atomically
 from .model import NanoMoE
 from .sft import prompt_ids
 from .synth import Seed, broken_rules, contains, load_prompt_seeds, repetition
@@ -76,7 +76,7 @@ def scorecard(generate, # as `judge_model` takes it
               home: str | Path, # gets reports/scorecard.json
               device: str = "cpu",
               prompts: int = 100, # held-out instructions, half of them about protagonists that training never asks for
-              ) -> dict: # stage -> {"bpb": …, "seen": {"greedy": {metric: interval}, "sampled": …}, "unseen": …}
+              ) -> dict: # stage -> {"sha256": …, "bpb": …, "seen": {"greedy": {metric: interval}, "sampled": …}, "unseen": …}
     "Every checkpoint of a home folder on the same held-out instructions, and on plain stories: what each step gave, and what it cost."
     if prompts < 2: raise UserError("The scorecard needs at least two prompts, one for each kind of protagonist.")
     home, tok = Path(home), load_tokenizer(Path(home) / "tokenizer.json")
@@ -90,7 +90,8 @@ def scorecard(generate, # as `judge_model` takes it
         if not path.is_file(): continue
         model = load_model(path, device)
         check_tokenizer(tok, model)
-        scores[stage] = {"bpb": evaluate(model, shards.val, shards.meta["splits"]["val"]["bytes"], 8, model.cfg.max_seq_len)["bpb"]}
+        scores[stage] = {"sha256": sha256_of(path.read_bytes()),    # whose scores these are, should the file be replaced
+                         "bpb": evaluate(model, shards.val, shards.meta["splits"]["val"]["bytes"], 8, model.cfg.max_seq_len)["bpb"]}
         judged = {way: judge_model(generate, model, tok, asked, temperature) for way, temperature in (("greedy", 0.0), ("sampled", 0.8))}
         scores[stage] |= {name: {way: judged[way][split] for way in judged} for name, split in SLICES.items()}
     if not scores: raise UserError(f"{home} holds no checkpoint yet: train one with `nanomoe run --home {home}`.")

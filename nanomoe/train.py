@@ -20,6 +20,7 @@ from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -397,26 +398,32 @@ def plot_training(folder: str | Path, # holds train_log.jsonl and val_log.jsonl
     "Loss, router losses, load per expert and throughput of a run, in one figure."
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
-    train, val = read_log(Path(folder) / "train_log.jsonl"), read_log(Path(folder) / "val_log.jsonl")
-    if not train: raise UserError(f"There is nothing to draw in {folder}: train first.")
-    tokens = [row["tokens"] for row in train]
+    tokens, ce, balance, z, shares, rate = _columns(Path(folder) / "train_log.jsonl", "tokens", "ce", "load_balance", "z", "load", "tokens_per_s")
+    if not len(tokens): raise UserError(f"There is nothing to draw in {folder}: train first.")
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     (loss, router), (load, speed) = figure.subplots(2, 2)
-    loss.plot(tokens, [row["ce"] for row in train], color=PALETTE[4], lw=1, label="training batch")
-    loss.plot([row["tokens"] for row in val], [row["nats"] for row in val], "o-", color=PALETTE[0], ms=4, label="whole validation split")
+    loss.plot(tokens, ce, color=PALETTE[4], lw=1, label="training batch")
+    loss.plot(*_columns(Path(folder) / "val_log.jsonl", "tokens", "nats"), "o-", color=PALETTE[0], ms=4, label="whole validation split")
     style_axes(loss, "Cross-entropy", ylabel="nats per token")
-    router.plot(tokens, [row["load_balance"] for row in train], color=PALETTE[5], label="load balance (1 = even)")
-    router.plot(tokens, [row["z"] for row in train], color=PALETTE[2], label="z-loss")
+    router.plot(tokens, balance, color=PALETTE[5], label="load balance (1 = even)")
+    router.plot(tokens, z, color=PALETTE[2], label="z-loss")
     style_axes(router, "Router losses", ylabel="before their coefficients", ylim=(0, None))
-    shares = list(zip(*(row["load"][-1] for row in train)))
-    load.stackplot(tokens, shares, colors=PALETTE, alpha=0.8)
-    for e, share in enumerate(shares):      # its name in the middle of its band, where the run ends
-        load.annotate(f" expert {e}", (tokens[-1], sum(s[-1] for s in shares[:e]) + share[-1] / 2), va="center", fontsize=8)
+    load.stackplot(tokens, *shares.T, colors=PALETTE, alpha=0.8)
+    for e, share in enumerate(shares.T):    # its name in the middle of its band, where the run ends
+        load.annotate(f" expert {e}", (tokens[-1], shares[-1, :e].sum() + share[-1] / 2), va="center", fontsize=8)
     style_axes(load, "Load of the experts, last layer", ylabel="share of assignments", ylim=(0, 1))
-    speed.plot(tokens, [row["tokens_per_s"] for row in train], color=PALETTE[-1])
+    speed.plot(tokens, rate, color=PALETTE[-1])
     style_axes(speed, "Throughput", ylabel="tokens per second", ylim=(0, None))
     for axes in (loss, router, load, speed):
         axes.set_xlabel("training tokens")
         axes.xaxis.set_major_formatter(EngFormatter())
     for axes in (loss, router): axes.legend(frameon=False, fontsize=9)
     return figure
+
+def _columns(path, *names): # -> an array for each; of the load, that of the last layer
+    rows = read_log(path)
+    try:
+        columns = [np.array([row["load"][-1] if name == "load" else row[name] for row in rows], dtype=float) for name in names]
+        if rows and any(not column.size or column.ndim != 1 + (name == "load") for name, column in zip(names, columns)): raise ValueError("lists where numbers belong")
+    except (LookupError, TypeError, ValueError, ArithmeticError): raise UserError(f"{path} is damaged: restore it from a copy, or train again with --fresh.") from None
+    return columns

@@ -1,4 +1,7 @@
-"""The app and the two widget lessons in a real browser. With NANOMOE_SCREENSHOTS=folder, pictures of every screen are left there."""
+"""The app and the two widget lessons in a real browser.
+
+With NANOMOE_SCREENSHOTS=folder, pictures of every screen are left there. With NANOMOE_NEED_BROWSER=1, a browser that is not there is a failure.
+"""
 import json
 import os
 import re
@@ -15,7 +18,10 @@ import pytest
 from _pytest.outcomes import Failed
 
 CHROMIUM = shutil.which("chromium")
-if not CHROMIUM: pytest.skip("needs Debian's chromium on the PATH (apt-get install chromium)", allow_module_level=True)
+if not CHROMIUM:
+    need = "needs Debian's chromium on the PATH (apt-get install chromium)"
+    if os.environ.get("NANOMOE_NEED_BROWSER") == "1": pytest.fail(need)
+    pytest.skip(need, allow_module_level=True)
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 pytest.importorskip("streamlit", reason="the app needs streamlit")
 pytest.importorskip("jupyterlab", reason="the lessons need jupyterlab")
@@ -102,6 +108,12 @@ def url(made, tmp_path_factory):
     code = f"from nanomoe.app import run_app; run_app({str(made)!r}, {port})"
     with serving(code, port, tmp_path_factory.mktemp("log") / "app.log", env={**os.environ, "OMP_NUM_THREADS": "1"}) as url:
         yield url
+
+
+def test_a_browser_that_is_needed_and_missing_is_a_failure(tmp_path):
+    for need, code in (("1", 2), ("", 5)):      # pytest's: an error while it collects, and no test found
+        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__], capture_output=True, text=True, env={**os.environ, "PATH": str(tmp_path), "NANOMOE_NEED_BROWSER": need})
+        assert done.returncode == code and ("apt-get install chromium" in done.stdout) == (need == "1"), done.stdout
 
 
 def settle(page):

@@ -2,6 +2,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,10 +12,11 @@ import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 
+import nanomoe.export as module
 from nanomoe.checkpoint import load_model, save_checkpoint
 from nanomoe.config import ModelConfig
 from nanomoe.export import config_from_hf, export_checkpoints, export_hf, family_of, hf_config, hf_tensors, import_hf
-from nanomoe.files import UserError, find_checkpoints
+from nanomoe.files import STAGES, UserError, find_checkpoints, sha256_of
 from nanomoe.generate import encode_prompt, generate, tell_story
 from nanomoe.tokenizer import BOS, load_tokenizer, save_tokenizer, tokenizer_hash, train_tokenizer
 from nanomoe.stories import storybook
@@ -194,14 +197,15 @@ def share(mean): return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "n
 
 def write_reports(folder):
     "What a run leaves beside its checkpoint: the stories' account, the log of its training, the scorecard."
-    (folder / "data" / "shards").mkdir(parents=True)
+    (folder / "data" / "shards").mkdir(parents=True, exist_ok=True)
     (folder / "data" / "shards" / "meta.json").write_text(json.dumps({"source": f"{folder}/tales.txt, 9 stories", "splits": {"train": {"stories": 1234, "tokens": 56789}}}))
     log = [{"step": 10, "tokens": 3_000, "tokens_per_s": 100.0}, {"step": 20, "tokens": 9_000, "tokens_per_s": 50.0}]
     (folder / "artifacts" / "pretraining" / "train_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-    (folder / "reports").mkdir()
+    (folder / "reports").mkdir(exist_ok=True)
     metrics = {name: share(0.5) for name in ("protagonist", "required_all", "length_kept", "repetition")} | {"finished": share(0.75)}
     slices = {name: {"greedy": metrics, "sampled": metrics} for name in ("seen", "unseen")}
-    (folder / "reports" / "scorecard.json").write_text(json.dumps({"base": {"bpb": 1.3, **slices}, "dpo": {"bpb": 9.9}}))
+    judged = {"sha256": sha256_of(paths(folder)[0].read_bytes()), "bpb": 1.3, **slices}
+    (folder / "reports" / "scorecard.json").write_text(json.dumps({"base": judged, "dpo": {**judged, "bpb": 9.9}}))
 
 
 def test_the_card_says_what_the_files_of_the_run_say(tmp_path):
@@ -218,18 +222,46 @@ def test_the_card_says_what_the_files_of_the_run_say(tmp_path):
     assert str(tmp_path) not in card and "9.9" not in card
 
 
+def card_of(folder): # its rows
+    return rows_of((export_hf(*paths(folder), folder / "card") / "README.md").read_text(encoding="utf-8"))
+
+
 def test_a_scorecard_of_other_weights_is_not_on_the_card(tmp_path):
+    "Whose scores they are is a matter of fingerprints: files are copied without their times, and clocks are set back."
     folder, model, _ = make_home(tmp_path)
     write_reports(folder)
     (folder / "artifacts" / "pretraining" / "val_log.jsonl").unlink()
-    card = (export_hf(*paths(folder), tmp_path / "hf") / "README.md").read_text(encoding="utf-8")
-    assert rows_of(card)["Bits per byte"] == "1.3000 on the whole validation split"
-    old = paths(folder)[0].stat().st_mtime - 60
-    os.utime(folder / "reports" / "scorecard.json", (old, old))
-    card = (export_hf(*paths(folder), tmp_path / "hf") / "README.md").read_text(encoding="utf-8")
-    assert list(rows_of(card)) == ["Parameters", "Data", "Training run"]
-    (folder / "reports" / "scorecard.json").write_text("{")     # damaged
-    assert list(rows_of((export_hf(*paths(folder), tmp_path / "hf") / "README.md").read_text(encoding="utf-8"))) == ["Parameters", "Data", "Training run"]
+    checkpoint, scorecard = paths(folder)[0], folder / "reports" / "scorecard.json"
+    later = scorecard.stat().st_mtime + 60
+    os.utime(checkpoint, (later, later))
+    assert card_of(folder)["Bits per byte"] == "1.3000 on the whole validation split" and "comes to an end" in card_of(folder)
+    scores = json.loads(scorecard.read_text())
+    del scores["base"]["sha256"]        # as it was written before there were fingerprints
+    scorecard.write_text(json.dumps(scores))
+    assert list(card_of(folder)) == ["Parameters", "Data", "Training run"]
+    write_reports(folder)
+    with torch.no_grad(): model.embed.weight[5] += 1
+    save_checkpoint(checkpoint, model)
+    now = checkpoint.stat().st_mtime
+    os.utime(scorecard, (now, now))
+    assert list(card_of(folder)) == ["Parameters", "Data", "Training run"]
+
+
+KEPT = {"its protagonist", "all its phrases", "its length", "comes to an end"}
+DAMAGED = {"meta.json without splits": ("data/shards/meta.json", '{"source": "x"}', {"Data"}), "a list": ("data/shards/meta.json", "[1]", {"Data"}), "a number as source": ("data/shards/meta.json", '{"source": 1, "splits": {}}', {"Data"}),
+           "words for numbers": ("data/shards/meta.json", '{"source": "x", "splits": {"train": {"stories": "many", "tokens": []}}}', {"Data"}),
+           "a list of scores": ("reports/scorecard.json", "[1]", KEPT), "a score for scores": ("reports/scorecard.json", '{"base": 1}', KEPT), "half a scorecard": ("reports/scorecard.json", '{"ba', KEPT),
+           "another key": ("artifacts/pretraining/train_log.jsonl", '{"step": 1, "words": 5}', {"Training run"}), "no number": ("artifacts/pretraining/train_log.jsonl", '{"step": 1, "tokens": "five", "tokens_per_s": null}', {"Training run"}),
+           "words for bits": ("artifacts/pretraining/val_log.jsonl", '{"step": 1, "bpb": "few"}', set()), "not a number of bits": ("artifacts/pretraining/val_log.jsonl", '{"step": 1, "bpb": NaN}', set())}
+
+
+@pytest.mark.parametrize("name, text, without", DAMAGED.values(), ids=DAMAGED)
+def test_a_fact_that_cannot_be_read_is_not_on_the_card(tmp_path, name, text, without):
+    folder, _, _ = make_home(tmp_path)
+    write_reports(folder)
+    before = card_of(folder)
+    (folder / name).write_text(text)
+    assert set(card_of(folder)) == set(before) - without and "nan" not in str(card_of(folder))
 
 
 def test_what_was_not_measured_is_not_on_the_card(tmp_path):
@@ -261,6 +293,28 @@ def test_a_folder_appears_whole_or_not_at_all(home, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="disk is full"): export_hf(*paths(folder), out)
     with pytest.raises(UserError, match="disk is full"): export_hf(*paths(folder), tmp_path / "new")
     assert tree(tmp_path) == before and [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_kill_between_two_renames_loses_no_export(home, tmp_path, monkeypatch):
+    folder, out = home[0], tmp_path / "hf"
+    export_hf(*paths(folder), out, dtype="float32")
+    before = tree(tmp_path)
+    code = ("import os, sys, nanomoe.export as e\nmove = os.replace\n"
+            "def kill(old, new):\n    move(old, new)\n    if str(new).endswith('.old'): os._exit(9)\n"
+            "os.replace = kill\ne.export_hf(*sys.argv[1:])")
+    killed = [sys.executable, "-c", code, *paths(folder), out]
+    assert subprocess.run(killed).returncode == 9 and not out.exists()
+    mine = tmp_path / ".hf.holiday.old"     # a name like those, and somebody's pictures
+    mine.mkdir()
+    (mine / "beach.jpg").write_text("mine")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "model_card", lambda *_: "\ud800")    # the next attempt fails: what no file can hold
+        with pytest.raises(UnicodeEncodeError): export_hf(*paths(folder), out, dtype="float32")
+    assert {name: content for name, content in tree(tmp_path).items() if name in before} == before
+    (tmp_path / ".hf.1.old").mkdir()        # of a kill after the second rename
+    for name, content in tree(out).items(): (tmp_path / ".hf.1.old" / name).write_bytes(content)
+    export_hf(*paths(folder), out, dtype="float32")
+    assert [path.name for path in tmp_path.glob(".*.old")] == [mine.name] and (mine / "beach.jpg").is_file()
 
 
 @pytest.mark.parametrize("files", [{"beach.jpg": "mine"}, {"config.json": "{}"}, {"config.json": "{"}, {"config.json": '{"nano_moe": {}}', "thesis.txt": "mine"}, None],
@@ -349,6 +403,59 @@ def test_a_home_is_written_once(home, exported, tmp_path):
     assert tree(tmp_path / "home") == before
 
 
+def exported_as(home, folder, stage):
+    "An export of a checkpoint that lies where that stage has its own."
+    own = folder / "from" / "artifacts" / STAGES[stage] / "ckpt_best.pt"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(paths(home[0])[0].read_bytes())
+    return export_hf(own, paths(home[0])[1], folder / "hf", dtype="float32")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_comes_home_to_its_place(home, tmp_path, stage):
+    import_hf(exported_as(home, tmp_path, stage), tmp_path / "home")
+    assert list(find_checkpoints(tmp_path / "home")) == [stage]
+
+
+@pytest.mark.parametrize("stage", ["../../x", 5, [], None, "pretraining"])
+def test_a_stage_that_is_none_comes_home_as_pretrain(exported, tmp_path, stage):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config["nano_moe"]["stage"] = stage
+        (folder / "config.json").write_text(json.dumps(config))
+    import_hf(broken(exported, tmp_path / "hf", change), tmp_path / "home")
+    assert [path.relative_to(tmp_path / "home").as_posix() for path in find_checkpoints(tmp_path / "home").values()] == ["artifacts/pretraining/ckpt_best.pt"]
+
+
+def test_two_stages_share_a_home(home, exported, tmp_path):
+    import_hf(exported, tmp_path / "home")
+    before = (tmp_path / "home" / "tokenizer.json").stat().st_mtime_ns
+    import_hf(exported_as(home, tmp_path, "dpo"), tmp_path / "home")
+    assert list(find_checkpoints(tmp_path / "home")) == ["pretrain", "dpo"] and (tmp_path / "home" / "tokenizer.json").stat().st_mtime_ns == before
+    save_tokenizer(train_tokenizer((story.text for story in storybook(n=50)), 500), tmp_path / "other" / "tokenizer.json")
+    with pytest.raises(UserError, match="tokenizer.json is there already"): import_hf(exported, tmp_path / "other")
+
+
+def test_an_import_that_was_killed_can_be_repeated(home, exported, tmp_path):
+    code = "import os, sys, nanomoe.export as e; e.save_checkpoint = lambda *_: os._exit(9); e.import_hf(sys.argv[1], sys.argv[2])"
+    assert subprocess.run([sys.executable, "-c", code, exported, tmp_path / "home"]).returncode == 9
+    assert list(tree(tmp_path / "home")) == ["tokenizer.json"]
+    import_hf(exported, tmp_path / "home")
+    assert same_weights(load_model(paths(tmp_path / "home")[0]), home[1])
+
+
+def test_an_import_that_fails_leaves_no_home(exported, tmp_path, monkeypatch):
+    from test_cli import refused
+    assert "cannot be read" in refused("import", "hf", broken(exported, tmp_path / "hf", lambda f: (f / "model.safetensors").write_bytes(b"hello")), "--home", tmp_path / "home")
+    def full(*_, **__): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="disk is full"): import_hf(exported, tmp_path / "home")
+    assert not (tmp_path / "home").exists()
+    (tmp_path / "home").mkdir()         # one that was there stays
+    with pytest.raises(UserError, match="disk is full"): import_hf(exported, tmp_path / "home")
+    assert not list((tmp_path / "home").iterdir())
+
+
 def test_a_tokenizer_of_another_model_is_refused(home, tmp_path):
     other = train_tokenizer((story.text for story in storybook(n=50)), 500)
     save_tokenizer(other, tmp_path / "tokenizer.json")
@@ -359,7 +466,7 @@ def test_a_tokenizer_of_another_model_is_refused(home, tmp_path):
 
 def test_our_settings_travel(exported, home):
     config = json.loads((exported / "config.json").read_text(encoding="utf-8"))
-    assert set(config["nano_moe"]) <= set(asdict(home[1].cfg))
+    assert set(config["nano_moe"]) <= {"stage", *asdict(home[1].cfg)}
     assert config["attention_multiplier"] == home[1].cfg.head_dim ** -0.5 and config["tie_word_embeddings"] is True
 
 

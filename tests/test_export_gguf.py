@@ -1,5 +1,7 @@
 """The GGUF file: read back with `gguf`, and run by llama.cpp itself, which `xllamacpp` carries."""
 import json
+import re
+import shutil
 import sys
 import urllib.request
 from dataclasses import replace
@@ -7,9 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nanomoe.data import write_shards
 from nanomoe.export import export_gguf, read_gguf
 from nanomoe.files import UserError
 from nanomoe.generate import encode_prompt, generate, tell_story
+from nanomoe.stories import storybook
 from nanomoe.tokenizer import BOS
 from test_cli import nanomoe, refused
 from test_export import CONFIG, make_home, paths, same_weights, some_texts, tree
@@ -66,6 +70,18 @@ def test_rows_that_are_no_whole_blocks_stay_f16(tmp_path):
     file = export_gguf(*paths(folder), tmp_path / "m.gguf", "Q8_0")
     forms = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
     assert forms["blk.0.ffn_down_exps.weight"] == "F16" and forms["blk.0.ffn_up_exps.weight"] == "Q8_0"
+
+
+def test_the_command_measures_what_the_rounding_costs(home, tmp_path):
+    folder, file = home[0], tmp_path / "m.gguf"
+    words = ["export", "gguf", file, "--kind", "Q8_0", "--cost", "--home"]
+    shutil.copytree(folder, tmp_path / "home")
+    assert "nanomoe prepare-data" in refused(*words, tmp_path / "home") and not file.exists()
+    write_shards({"train": storybook(n=2), "val": storybook(seed=1, n=2)}, home[2], tmp_path / "home" / "data" / "shards")
+    done = nanomoe(*words, tmp_path / "home")
+    before, after, cost = map(float, re.search(r"Q8_0, whole validation split: (\S+) -> (\S+) bits per byte \((\S+)\)", done.stdout).groups())
+    assert before > 1 and before != after and abs(after - before - cost) < 2e-5 and abs(cost) < 0.1
+    assert f"-> {file.stat().st_size / 1e6:.1f} MB" in done.stdout
 
 
 def test_mistakes(home, tmp_path, monkeypatch):
@@ -126,6 +142,21 @@ def test_llama_cpp_tells_the_same_story(llama):
         ours = generate(model, ids, 60, temperature=0, eos_id=3)[0, ids.shape[1]:].tolist()
         assert told["tokens"] == [i for i in ours if i != 3]
         assert prompt + told["content"] == tell_story(model, tok, prompt, temperature=0, max_new_tokens=60)
+
+
+@pytest.mark.parametrize("kind, apart", [("F16", 0.02), ("Q8_0", 0.8)])     # nats; with Q8_0 llama.cpp rounds what flows between the layers, too
+def test_llama_cpp_tells_what_the_rounded_model_would(home, tmp_path, kind, apart):
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not here: pip install xllamacpp")
+    folder, model, tok = home
+    file = export_gguf(*paths(folder), tmp_path / "m.gguf", kind)
+    engine, rounded = LlamaCpp(file), read_gguf(file, model.cfg)
+    for prompt in ("Once upon a time", "Two"):
+        told = engine.post("/completion", prompt=prompt, n_predict=60, temperature=0, return_tokens=True, cache_prompt=False)
+        ids, answer = encode_prompt(tok, prompt), torch.tensor(told["tokens"])
+        with torch.inference_mode(): logits = rounded(torch.cat((ids, answer[None]), 1))[0, ids.shape[1] - 1:-1]
+        behind = logits.max(-1).values - logits.gather(1, answer[:, None])[:, 0]     # how far each token was from being our choice
+        assert behind.max() < apart and behind.mean() < apart / 10 and (logits.max(-1).values - logits.mean(-1)).min() > 1
+        assert told["content"] == tok.decode(told["tokens"])
 
 
 def test_llama_cpp_has_the_same_log_probabilities(llama):

@@ -13,7 +13,7 @@ LIMITS = [f"-max_total_time={MINUTES * 60:.0f}"] if MINUTES else ["-runs=1000", 
 pytest.importorskip("atheris", reason="needs atheris, where it installs: pip install atheris")
 
 
-@pytest.mark.parametrize("target", ["rows", "log", "prompt", "text", "tokenizer", "setting"])
+@pytest.mark.parametrize("target", ["rows", "log", "card", "prompt", "text", "tokenizer", "setting"])
 def test_no_input_reaches_an_exception(target, tmp_path):
     done = subprocess.run([sys.executable, str(Path(__file__).with_name("fuzz.py")), target, *LIMITS, f"-artifact_prefix={tmp_path}/"],
                           capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=300 + MINUTES * 60, env={**os.environ, "TMPDIR": str(tmp_path)})

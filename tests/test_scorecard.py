@@ -15,7 +15,7 @@ from nanomoe import scorecard as module
 from nanomoe.checkpoint import load_model, save_checkpoint
 from nanomoe.config import ModelConfig
 from nanomoe.data import load_shards, write_shards
-from nanomoe.files import UserError
+from nanomoe.files import UserError, sha256_of
 from nanomoe.generate import generate
 from nanomoe.model import NanoMoE
 from nanomoe.scorecard import SLICES, STAGES, interval, judge_model, judge_story, scorecard
@@ -24,6 +24,7 @@ from nanomoe.stories import storybook
 from nanomoe.synth import Seed, seed_row, write_rows
 from nanomoe.tokenizer import EOS, save_tokenizer, train_tokenizer
 from nanomoe.train import evaluate
+from nanomoe.viz import scorecard_figure
 
 METRICS = {"protagonist", "required_all", "required_share", "banned_absent", "length_kept", "finished", "repetition"}
 SEED = Seed("val-0", "val", "Mia", "kindness", ("red kite", "big hill"), ("cold rain",), 2, 3, 0)
@@ -198,10 +199,13 @@ def test_the_card_has_every_stage_there_is(home, tok, model):
     shards = load_shards(home / "data" / "shards")
     bpb = evaluate(model, shards.val, shards.meta["splits"]["val"]["bytes"], 8, 256)["bpb"]
     for stage in scores.values():
-        assert set(stage) == {"bpb", *SLICES} and stage["bpb"] == pytest.approx(bpb, rel=1e-6)
+        assert set(stage) == {"sha256", "bpb", *SLICES} and stage["bpb"] == pytest.approx(bpb, rel=1e-6)
         for name in SLICES:
             assert set(stage[name]) == {"greedy", "sampled"}
             for way in stage[name].values(): assert set(way) == METRICS and all(m["n"] == 4 for m in way.values()) and way["protagonist"]["mean"] == 1
+    files = {stage: home / "artifacts" / STAGES[stage] / "ckpt_best.pt" for stage in scores}
+    assert {stage: score["sha256"] for stage, score in scores.items()} == {stage: sha256_of(path.read_bytes()) for stage, path in files.items()}
+    assert "sha" not in "".join(axes.get_title() for axes in scorecard_figure(scores).axes)
     assert {call[3] for call in calls} == {0.0, 0.8}
     # held-out instructions only, the same for everybody: each once greedily and once sampled, by two models
     assert asked.heard == {f"Mia{chr(97 + i)}{split[-1]}": 4 for split in ("val_seen", "val") for i in range(4)}

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors import safe_open
 
 from nanomoe.checkpoint import check_tokenizer, load_model, vocabulary_hash
 from nanomoe.config import preset
-from nanomoe.export import export_checkpoints
+from nanomoe.export import export_checkpoints, export_hf
 from nanomoe.files import SHIPPED, STAGES, UserError, find_checkpoints, home_or_shipped
 from nanomoe.tokenizer import BOS, EOS, load_tokenizer
 from nanomoe.train import evaluate
@@ -72,8 +73,21 @@ def test_a_home_with_a_checkpoint_is_never_passed_over(tmp_path):
     assert done.returncode == 1 and "damaged" in done.stderr
 
 
+def test_its_card_goes_with_an_exported_model(tmp_path):
+    card = (export_hf(SHIPPED / "dpo.safetensors", SHIPPED / "tokenizer.json", tmp_path / "hf") / "README.md").read_text(encoding="utf-8")
+    of_dpo = (SHIPPED / "README.md").read_text(encoding="utf-8").partition("## dpo.safetensors")[2].partition("| | |")[2]
+    assert "| Bits per byte | 0.8240 on the whole validation split |" in card and "about known protagonists" in card
+    assert card.endswith(of_dpo) and card.count("Bits per byte") == 1 and "0.7478" not in card
+    sft = (export_hf(SHIPPED / "sft.safetensors", SHIPPED / "tokenizer.json", tmp_path / "hf") / "README.md").read_text(encoding="utf-8")
+    assert "0.8187" in sft and sft.count("Bits per byte") == 1 and "## " not in sft
+    other = shutil.copy(SHIPPED / "dpo.safetensors", tmp_path / "dpo.safetensors")      # with somebody else's words beside it
+    (tmp_path / "README.md").write_text("# My models\n\n## dpo.safetensors\n\n| | |\n|---|---|\n| Bits per byte | 0.1 |\n")
+    assert "Bits per byte" not in (export_hf(other, SHIPPED / "tokenizer.json", tmp_path / "hf") / "README.md").read_text(encoding="utf-8")
+
+
 def test_given_away_again_nothing_changes(tmp_path):
-    again = export_checkpoints(SHIPPED, tmp_path / "again")
+    again = export_checkpoints(SHIPPED, tmp_path / "again", (SHIPPED / "README.md").read_text(encoding="utf-8").split("\n\n")[1])
+    for name in ("README.md", *(path.name for path in SHIPPED.glob("*.json"))): assert (again / name).read_text(encoding="utf-8") == (SHIPPED / name).read_text(encoding="utf-8"), name
     for name, path in find_checkpoints(SHIPPED).items():
         ours, theirs = load_model(path).state_dict(), load_model(again / path.name).state_dict()
         assert ours.keys() == theirs.keys() and all(tensor.equal(theirs[key]) for key, tensor in ours.items()), name

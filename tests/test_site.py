@@ -76,6 +76,15 @@ def spans(text):
 def links(text): return [token.attrs["href"] for token in spans(text) if token.type == "link_open"]
 
 
+def html_of(path):
+    "The HTML of a page, in its Markdown and in what its cells put out; what is shown as code is none."
+    outputs = [output for cell in (cells(path) if path.suffix == ".ipynb" else []) for output in cell.get("outputs", [])]
+    return without_code(text_of(path) + "".join("".join(output.get("data", {}).get("text/html", "")) for output in outputs))
+
+
+def links_in_html(html): return re.findall(r"<a\b[^>]*\bhref=[\"']([^\"']+)", html)
+
+
 def without_code(text): return re.sub(r"`[^`\n]*`", "", re.sub(r"^(```+|~~~+).*?^\1", "", text, flags=re.S | re.M))
 
 
@@ -127,8 +136,18 @@ def problem_of(link, page, site):
 
 @each_page
 def test_links_lead_somewhere(page, site):
-    problems = {link: said for link in links(text_of(site / page)) if (said := problem_of(link, page, site))}
+    problems = {link: said for link in [*links(text_of(site / page)), *links_in_html(html_of(site / page))] if (said := problem_of(link, page, site))}
     assert not problems
+
+
+def test_a_link_in_html_is_one():
+    assert links_in_html('<p><a class="x" href="nowhere.ipynb">a</a> <a\nhref=\'#b\'>b</a></p>') == ["nowhere.ipynb", "#b"]
+
+
+@each_page
+def test_nothing_refers_to_a_number_that_only_quarto_knows(page, site):
+    "A reader of the notebook, and of the preview, would see @fig-loss."
+    assert not re.findall(r"@(?:fig|eq|tbl|sec|lst)-[\w-]+", without_code(text_of(site / page)))
 
 
 def test_a_broken_link_is_found(site):
@@ -146,9 +165,10 @@ def test_pictures_are_there_and_say_what_they_show(page, site):
         if token.type == "image":
             assert len(token.content) > 10, f"a picture without words: {token.attrs['src']}"
             assert ((site / page).parent / token.attrs["src"]).is_file(), token.attrs["src"]
-    html = text + "".join("".join(o.get("data", {}).get("text/html", "")) for c in (cells(site / page) if page.suffix == ".ipynb" else []) for o in c.get("outputs", []))
-    for tag in re.findall(r"<img\b[^>]*>", without_code(html)):
+    for tag in re.findall(r"<img\b[^>]*>", html_of(site / page)):
         assert re.search(r'\balt="[^"]+"', tag), tag
+        source = re.search(r'\bsrc="([^"]+)"', tag)[1]
+        assert source.startswith("data:image/") or ((site / page).parent / source).is_file(), source
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.suffix == ".ipynb"], ids=lambda p: p.as_posix())
@@ -305,6 +325,7 @@ def test_the_results_are_those_of_the_files():
     stored = "".join("".join(o["data"]["text/markdown"]) for c in cells(NBS / "results.ipynb") for o in c.get("outputs", []))
     again = "cd nbs && jupyter nbconvert --to notebook --execute --inplace results.ipynb && cd .. && nbdev_clean --fname nbs/results.ipynb"
     assert [stored] == shown, f"run: {again}"
+    assert namespace["as_rows"]({"base": {"sha256": "af", "bpb": 1.0}, "sft": {"bpb": 2.0}}) == [{"what": "bpb", "base": 1.0, "sft": 2.0}]
     for path in NBS.glob("results/*.json"):
         assert path.name in stored
         section = next(s for s in re.split(r"^## ", stored, flags=re.M) if path.name in s)

@@ -24,6 +24,7 @@ from nanomoe.routing import Trace, expert_words, trace_routing, trace_stories
 from nanomoe.stories import storybook
 from nanomoe.style import PALETTE
 from nanomoe.tokenizer import save_tokenizer, train_tokenizer
+from nanomoe.train import plot_training
 from test_oracle import random_model
 
 TEXTS = [story.text for story in storybook(n=40)]
@@ -278,6 +279,25 @@ def test_plots_say_what_is_missing(home, tmp_path_factory):
         with pytest.raises(UserError, match="scorecard.json is damaged"): viz.make_plots(home, prompts=2)
     (home / "artifacts" / "pretraining" / "ckpt_best.pt").write_bytes(b"no checkpoint")
     with pytest.raises(UserError, match="ckpt_best.pt is damaged"): viz.make_plots(home)
+
+
+LOGGED = {"step": 1, "tokens": 10, "ce": 5.0, "load_balance": 1.0, "z": 0.1, "load": [[0.3, 0.7]], "tokens_per_s": 9.0, "nats": 5.0}
+BROKEN = ["five", None, [], [1], [[]], [[1], [2, 3, 4]], [["a"]], {"a": 1}, 10**400, "missing"]
+
+
+@pytest.mark.parametrize("log", ["train_log", "val_log"])
+def test_a_damaged_log_is_one_sentence(tmp_path, log):
+    def write(name, *rows): (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("train_log", "val_log"): write(name, LOGGED, {**LOGGED, "step": 2, "tokens": 20})
+    assert len(plot_training(tmp_path).axes) == 4
+    for key in ("tokens", "nats") if log == "val_log" else [key for key in LOGGED if key not in ("step", "nats")]:
+        for value in BROKEN:
+            row = {**LOGGED, "step": 2, key: value}
+            if value == "missing": del row[key]
+            write(log, LOGGED, row)
+            try: plot_training(tmp_path)
+            except UserError as error: assert f"{log}.jsonl is damaged" in str(error) and "\n" not in str(error)
+            else: assert value is None, (key, value)    # a gap
 
 
 # widgets
