@@ -419,10 +419,10 @@ def make_dpo_data(preset: PresetName = "laptop", stories: Stories = "storybook",
     from nanomoe.synth import corpus_writer, load_prompt_seeds
     chosen = _choose(preset, set, seed)
     _check_writer(writer)
-    seeds = _share_out(load_prompt_seeds(home), chosen)[1]
+    everyone = seeds = _share_out(load_prompt_seeds(home), chosen)[1]
     if limit: seeds = _some_of(seeds, limit)
     answers = home / "data" / "synthetic" / "dpo_answers.jsonl"
-    pairs = exchanged_pairs(corpus_writer(_open_split(stories, chosen))) if writer == "corpus" else asked_pairs(llm_writer(answers, attempts, model=model, concurrency=concurrency, timeout=timeout))
+    pairs = exchanged_pairs(corpus_writer(_open_split(stories, chosen))) if writer == "corpus" else asked_pairs(llm_writer(answers, attempts, model=model, concurrency=concurrency, timeout=timeout), everyone)
     with _alone(home):
         _report("Pairs", make_dpo_data(home, both_ways(pairs), seeds))
         _note_source(home, "make-dpo-data")

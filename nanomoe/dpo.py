@@ -50,14 +50,20 @@ def exchanged_pairs(write): # a writer, as `make_sft_data` takes it
     return pairs
 
 # %% ../nbs/06_dpo.ipynb #c0eae088
-def asked_pairs(write): # a writer that asks an LLM
+def asked_pairs(write, # a writer that asks an LLM
+                among: list[Seed] = (), # all seeds there are, if only some of them are asked for today
+               ):
     "A writer of pairs: the rejected story answers the same instruction, asked for a stand-in."
     def pairs(seeds):
-        chosen = {seed: text for seed, text in write(seeds) if not broken_rules(text, seed)}
-        wrongs = stand_ins(list(chosen), list(chosen.values()))
-        asked = {replace(seed, id=f"{seed.id} wrong", protagonist=wrong): seed for seed, wrong in zip(chosen, wrongs) if wrong}
-        for seed, text in write(list(asked)):
-            if not broken_rules(text, seed): yield asked[seed], seed.protagonist, chosen[asked[seed]], text
+        everyone, asked = list(among or seeds), {}
+        wrongs = dict(zip(everyone, stand_ins(everyone, [""] * len(everyone))))     # whatever is answered today, the next run asks for the same
+        for seed, text in write(seeds):
+            wrong = wrongs[seed]
+            if broken_rules(text, seed): yield seed, wrong, text, ""    # to be counted
+            elif wrong and not contains(text, wrong.split()[-1]): asked[replace(seed, id=f"{seed.id} wrong: {wrong}", protagonist=wrong)] = seed, text
+        for twin, text in write(list(asked)):
+            seed, chosen = asked[twin]
+            yield seed, twin.protagonist, chosen, text
     return pairs
 
 # %% ../nbs/06_dpo.ipynb #61ad66e5
@@ -66,7 +72,9 @@ def both_ways(pairs): # a writer of pairs
     def write(seeds):
         for seed, wrong, chosen, rejected in pairs(seeds):
             yield seed, wrong, chosen, rejected
-            if seed.split == "train": yield replace(seed, id=f"{seed.id} turned", protagonist=wrong), seed.protagonist, rejected, chosen
+            if seed.split != "train" or broken_rules(chosen, seed): continue
+            turned = replace(seed, id=f"{seed.id} turned", protagonist=wrong)
+            if not broken_rules(rejected, turned): yield turned, seed.protagonist, rejected, chosen
     return write
 
 # %% ../nbs/06_dpo.ipynb #b382c981
@@ -76,10 +84,8 @@ def make_dpo_data(home: str | Path, # gets dpo_train.jsonl and dpo_val.jsonl
     "Write the pairs whose chosen answer keeps every rule, and whose rejected answer breaks only the one about its protagonist."
     kept, rejects, counts = {"train": [], "val": []}, [], Counter(accepted=0)
     for seed, wrong, chosen, rejected in pairs(seeds):
-        broken = broken_rules(chosen, seed)
-        faults = [f"chosen {rule}" for rule in broken] + [f"rejected {rule}" for rule in broken_rules(rejected, seed) if rule != "missing_protagonist"]
-        if contains(rejected, seed.protagonist): faults.append("rejected has the right protagonist")
-        if not contains(rejected, wrong): faults.append("rejected lacks the wrong protagonist")
+        faults = ([f"chosen {rule}" for rule in broken_rules(chosen, seed)] or [f"rejected {rule}" for rule in broken_rules(rejected, seed) if rule != "missing_protagonist"] or
+                  ["rejected has the right protagonist"] * contains(rejected, seed.protagonist) + ["rejected lacks the wrong protagonist"] * (not contains(rejected, wrong)))
         counts.update(faults or ["accepted"])
         row = {**seed_row(seed), "wrong": wrong, "chosen": chosen, "rejected": rejected}
         if faults: rejects.append({**row, "broken": faults})

@@ -308,7 +308,9 @@ def test_nobody_is_nobodys_stand_in():
 def test_a_writer_is_asked_for_the_wrong_protagonist(tmp_path):
     seeds = [replace(SEED, id=f"{split}-{i}", split=split, protagonist=name) for split in ("train", "val") for i, name in enumerate(["Mia", "Zoe", "Ada"])]
     def write(some): return ((seed, CHOSEN.replace("Mia", seed.protagonist) if seed.id != "train-2" else "No") for seed in some)
-    assert make_dpo_data(tmp_path, asked_pairs(write), seeds) == {"accepted": 5}
+    counts = make_dpo_data(tmp_path, asked_pairs(write), seeds)
+    assert counts["accepted"] == 5 and counts["chosen unfinished"] == 1 and not any("rejected" in fault for fault in counts)     # nobody was asked for train-2's stand-in
+    assert make_dpo_data(tmp_path, both_ways(asked_pairs(write)), seeds) == {**counts, "accepted": 7}       # what is refused is counted once
     for row in rows_of(tmp_path, "train") + rows_of(tmp_path, "val"):
         assert contains(row["chosen"], row["protagonist"]) and contains(row["rejected"], row["wrong"]) and row["wrong"] != row["protagonist"]
 
