@@ -112,6 +112,7 @@ class DPOConfig(TuneConfig):
     beta: float = 0.1               # how firmly the reference holds the model back
     label_smoothing: float = 0.0    # share of the pairs believed to be the wrong way round
     rpo_alpha: float = 1.0          # weight of the chosen answer's own loss per token, which keeps it likely; 0 is plain DPO
+    log_every: int = 1              # there are few steps, and their curves are what to watch
 
 # %% ../nbs/02_attention.ipynb #1b2fd1db
 def _check(ok, sentence):

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['MAX_DROP', 'stand_ins', 'exchanged_pairs', 'asked_pairs', 'both_ways', 'make_dpo_data', 'Preference', 'dpo_loss',
            'answer_logps', 'DPOBreakdown', 'dpo_objective', 'Pair', 'collate_pairs', 'read_pairs', 'pair_logps',
-           'with_reference', 'train_dpo', 'score_pairs']
+           'with_reference', 'train_dpo', 'score_pairs', 'plot_preferences']
 
 # %% ../nbs/06_dpo.ipynb #5b861c6d
 import json
+import math
 import random
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -25,9 +26,10 @@ from .config import DPOConfig, Preset
 from .files import UserError, sha256_of, write_atomically
 from .model import NanoMoE
 from .sft import Examples, encode_example, pad_rows, prompt_ids
+from .style import PALETTE, style_axes
 from .synth import Seed, broken_rules, contains, exchange, read_rows, repetition, seed_row, write_rows
 from .tokenizer import PAD, load_tokenizer
-from .train import autocast, fit, in_halves, processes
+from .train import autocast, fit, in_halves, processes, read_log
 
 # %% ../nbs/06_dpo.ipynb #d7e60f3b
 def stand_ins(seeds: list[Seed], texts: list[str], seed: int = 0) -> list[str | None]: # a wrong protagonist for each story
@@ -50,14 +52,20 @@ def exchanged_pairs(write): # a writer, as `make_sft_data` takes it
     return pairs
 
 # %% ../nbs/06_dpo.ipynb #c0eae088
-def asked_pairs(write): # a writer that asks an LLM
+def asked_pairs(write, # a writer that asks an LLM
+                among: list[Seed] = (), # all seeds there are, if only some of them are asked for today
+               ):
     "A writer of pairs: the rejected story answers the same instruction, asked for a stand-in."
     def pairs(seeds):
-        chosen = {seed: text for seed, text in write(seeds) if not broken_rules(text, seed)}
-        wrongs = stand_ins(list(chosen), list(chosen.values()))
-        asked = {replace(seed, id=f"{seed.id} wrong", protagonist=wrong): seed for seed, wrong in zip(chosen, wrongs) if wrong}
-        for seed, text in write(list(asked)):
-            if not broken_rules(text, seed): yield asked[seed], seed.protagonist, chosen[asked[seed]], text
+        everyone, asked = list(among or seeds), {}
+        wrongs = dict(zip(everyone, stand_ins(everyone, [""] * len(everyone))))     # whatever is answered today, the next run asks for the same
+        for seed, text in write(seeds):
+            wrong = wrongs[seed]
+            if broken_rules(text, seed): yield seed, wrong, text, ""    # to be counted
+            elif wrong and not contains(text, wrong.split()[-1]): asked[replace(seed, id=f"{seed.id} wrong: {wrong}", protagonist=wrong)] = seed, text
+        for twin, text in write(list(asked)):
+            seed, chosen = asked[twin]
+            yield seed, twin.protagonist, chosen, text
     return pairs
 
 # %% ../nbs/06_dpo.ipynb #61ad66e5
@@ -66,7 +74,9 @@ def both_ways(pairs): # a writer of pairs
     def write(seeds):
         for seed, wrong, chosen, rejected in pairs(seeds):
             yield seed, wrong, chosen, rejected
-            if seed.split == "train": yield replace(seed, id=f"{seed.id} turned", protagonist=wrong), seed.protagonist, rejected, chosen
+            if seed.split != "train" or broken_rules(chosen, seed): continue
+            turned = replace(seed, id=f"{seed.id} turned", protagonist=wrong)
+            if not broken_rules(rejected, turned): yield turned, seed.protagonist, rejected, chosen
     return write
 
 # %% ../nbs/06_dpo.ipynb #b382c981
@@ -76,10 +86,8 @@ def make_dpo_data(home: str | Path, # gets dpo_train.jsonl and dpo_val.jsonl
     "Write the pairs whose chosen answer keeps every rule, and whose rejected answer breaks only the one about its protagonist."
     kept, rejects, counts = {"train": [], "val": []}, [], Counter(accepted=0)
     for seed, wrong, chosen, rejected in pairs(seeds):
-        broken = broken_rules(chosen, seed)
-        faults = [f"chosen {rule}" for rule in broken] + [f"rejected {rule}" for rule in broken_rules(rejected, seed) if rule != "missing_protagonist"]
-        if contains(rejected, seed.protagonist): faults.append("rejected has the right protagonist")
-        if not contains(rejected, wrong): faults.append("rejected lacks the wrong protagonist")
+        faults = ([f"chosen {rule}" for rule in broken_rules(chosen, seed)] or [f"rejected {rule}" for rule in broken_rules(rejected, seed) if rule != "missing_protagonist"] or
+                  ["rejected has the right protagonist"] * contains(rejected, seed.protagonist) + ["rejected lacks the wrong protagonist"] * (not contains(rejected, wrong)))
         counts.update(faults or ["accepted"])
         row = {**seed_row(seed), "wrong": wrong, "chosen": chosen, "rejected": rejected}
         if faults: rejects.append({**row, "broken": faults})
@@ -251,3 +259,28 @@ def score_pairs(model: NanoMoE, pairs: list[Pair], cfg: DPOConfig) -> dict:
     accuracy = {f"accuracy_{split}": right[[pair.split == split for pair in pairs]].float().mean().item() for split in dict.fromkeys(pair.split for pair in pairs)}
     return {"dpo": result.loss.mean().item(), "accuracy": right.float().mean().item(), **accuracy, "margin": (result.chosen - result.rejected).mean().item(),
             "chosen_reward": result.chosen.mean().item(), "rejected_reward": result.rejected.mean().item(), "chosen_logp": -0.0 + logps[:, 0].sum().item() / tokens}
+
+# %% ../nbs/06_dpo.ipynb #a1682af0
+def plot_preferences(folder: str | Path, # holds train_log.jsonl and val_log.jsonl
+                     ): # -> matplotlib Figure
+    "Loss, rewards and accuracy of a preference tuning, in one figure."
+    from matplotlib.figure import Figure
+    train, val = (read_log(Path(folder) / f"{name}_log.jsonl") for name in ("train", "val"))
+    if not train: raise UserError(f"There is nothing to draw in {folder}: train first.")
+    figure = Figure(figsize=(10, 2.9), layout="constrained")
+    loss, rewards, accuracy = figure.subplots(1, 3)
+
+    def draw(axes, name, colour, label):
+        axes.plot([row["step"] for row in train], [row[name] for row in train], color=colour, lw=1, label=label)
+        axes.plot([row["step"] for row in val], [row[name] for row in val], "o", color=colour, ms=5)
+
+    draw(loss, "dpo", PALETTE[0], "loss")
+    for axes, level, name in ((loss, math.log(2), "ln 2"), (rewards, 0, ""), (accuracy, 0.5, "by chance")):
+        axes.axhline(level, color=PALETTE[-1], lw=0.8, ls=":")
+        axes.annotate(name, (train[-1]["step"], level), ha="right", va="bottom", fontsize=8)
+    for name, colour in (("chosen", PALETTE[2]), ("rejected", PALETTE[5])): draw(rewards, f"{name}_reward", colour, name)
+    draw(accuracy, "accuracy", PALETTE[0], "accuracy")
+    style_axes(loss, "DPO loss", xlabel="step")
+    style_axes(rewards, "Implicit rewards", xlabel="step").legend(frameon=False, fontsize=9)
+    style_axes(accuracy, "Pairs with a margin above 0", xlabel="step", ylim=(-0.03, 1.03))
+    return figure

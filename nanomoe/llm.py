@@ -33,7 +33,7 @@ from urllib.parse import urlsplit
 from tqdm.auto import tqdm
 
 from .files import UserError, alone_in, sha256_of, write_atomically
-from .synth import Seed, broken_rules
+from .synth import NoAnswer, Seed, broken_rules
 
 # %% ../nbs/05b_llm_writer.ipynb #cf6df6b4
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def mend(path: str | Path) -> list[str]: # a sentence for each line that was set
     if not path.exists(): return []
     answers, (rows, problems) = read_answers(path), read_jsonl(path)
     if not answers and (rows or len(problems) > 1):
-        raise UserError(f"{path} holds other lines than answers: name another file, or move this one away.")
+        raise UserError(f"{path} holds other lines than answers: move it away.")
     data, aside = path.read_bytes().removeprefix(b"\xef\xbb\xbf"), path.with_name(path.name + ".set-aside")
     if not problems and (not data or data.endswith(b"\n")): return []
     lines = dict(enumerate(data.split(b"\n"), 1))
@@ -166,7 +166,7 @@ def unanswered(requests: Iterable[Request], path: str | Path) -> list[Request]:
         seen.add(request.key)
         row = answers.get(request.key)
         if row and row.get("asked", request.fingerprint) != request.fingerprint:
-            raise UserError(f'{path} answers other instructions under the same names (first: "{request.id}"): name another file, or move this one away.')
+            raise UserError(f'{path} answers other instructions under the same names (first: "{request.id}"): move it away to have these answered.')
         if row is None or row.get("again"): left.append(request)
     return left
 
@@ -387,8 +387,9 @@ def llm_writer(path: str | Path, # the answer file
             for seed, request in zip(open_seeds, requests):
                 row = answers.get(request.key)
                 if row is None: continue    # beyond the limit of this run
-                yield seed, row["text"]
-                if broken_rules(row["text"], seed): failed.append(seed)
+                text = row["text"] if row["outcome"] == "ok" else NoAnswer(row["text"] or row.get("error", ""), row["outcome"])
+                yield seed, text
+                if broken_rules(text, seed): failed.append(seed)
             open_seeds = failed
     return write
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from nanomoe import dpo
 from nanomoe.checkpoint import load_checkpoint, load_model, save_checkpoint
 from nanomoe.config import DPOConfig, ModelConfig, Preset, SFTConfig, TrainConfig
-from nanomoe.dpo import (answer_logps, asked_pairs, both_ways, collate_pairs, dpo_loss, dpo_objective, exchanged_pairs, make_dpo_data, pair_logps, read_pairs,
+from nanomoe.dpo import (answer_logps, asked_pairs, both_ways, collate_pairs, dpo_loss, dpo_objective, exchanged_pairs, make_dpo_data, pair_logps, plot_preferences, read_pairs,
                          score_pairs, stand_ins, train_dpo, with_reference)
 from nanomoe.files import UserError
 from nanomoe.model import IGNORE, NanoMoE
@@ -128,7 +128,7 @@ def test_no_answers_at_all():
 
 def by_trl(logp, ref, labels, beta, **settings):
     "The loss that trl's trainer makes of per-token log-probabilities (2B, T); everything around it is a stand-in."
-    trl = pytest.importorskip("trl")
+    trl = pytest.importorskip("trl", reason="trl is not installed: pip install --no-deps trl accelerate (1.16 agrees; it wants Python 3.11)")
     mask = torch.cat((torch.zeros(len(labels), 1, dtype=torch.long), (labels >= 0).long()), 1)
     trainer = MagicMock(beta=beta, ld_alpha=None, precompute_ref_logps=True, f_divergence_type="reverse_kl", use_weighting=False, aux_loss_enabled=False,
                         **{"loss_types": ["sigmoid"], "loss_weights": [1.0], "label_smoothing": 0.0, **settings})
@@ -308,7 +308,9 @@ def test_nobody_is_nobodys_stand_in():
 def test_a_writer_is_asked_for_the_wrong_protagonist(tmp_path):
     seeds = [replace(SEED, id=f"{split}-{i}", split=split, protagonist=name) for split in ("train", "val") for i, name in enumerate(["Mia", "Zoe", "Ada"])]
     def write(some): return ((seed, CHOSEN.replace("Mia", seed.protagonist) if seed.id != "train-2" else "No") for seed in some)
-    assert make_dpo_data(tmp_path, asked_pairs(write), seeds) == {"accepted": 5}
+    counts = make_dpo_data(tmp_path, asked_pairs(write), seeds)
+    assert counts["accepted"] == 5 and counts["chosen unfinished"] == 1 and not any("rejected" in fault for fault in counts)     # nobody was asked for train-2's stand-in
+    assert make_dpo_data(tmp_path, both_ways(asked_pairs(write)), seeds) == {**counts, "accepted": 7}       # what is refused is counted once
     for row in rows_of(tmp_path, "train") + rows_of(tmp_path, "val"):
         assert contains(row["chosen"], row["protagonist"]) and contains(row["rejected"], row["wrong"]) and row["wrong"] != row["protagonist"]
 
@@ -516,6 +518,29 @@ def test_a_collapse_stops_the_run_and_keeps_what_was_good(home, monkeypatch):
     monkeypatch.setattr(dpo, "MAX_DROP", -1e9)
     with pytest.raises(UserError, match="collapsing, so training stopped.*start with --fresh"): train_dpo(home, TINY, fresh=True)
     assert len(log_of(home)) == 6 and same(kept, weights(home, "ckpt_best.pt"))       # at the first evaluation
+
+
+def test_a_sample_that_repeats_itself_stops_the_run_and_keeps_what_was_good(home):
+    told, stuck = "Once there was a red kite, and it flew over the hill to a friend.", "the kite and the kite and " * 20
+    def run(says, **options): return train_dpo(home, TINY, fresh=True, sample=lambda model: next(says), **options)
+    run(iter([told] * 5))                           # the reference speaks first, then the model at four evaluations
+    run(iter([stuck] * 5))                          # who repeats itself from the start has not collapsed
+    log, val = log_of(home), read_log(home / "artifacts" / "dpo" / "val_log.jsonl")
+    assert [row["sample"] for row in val] == [stuck] * 4 and [row["step"] for row in val] == [6, 12, 18, 24]
+    with pytest.raises(UserError, match=r"repeats itself \(9\d% of its runs.*ckpt_best.pt is as good as it was.*--fresh"): run(iter([told, told, stuck]))
+    assert log_of(home) == log[:12]                 # at the second evaluation
+    assert same(weights(home, "ckpt_best.pt"), weights(home)) and load_checkpoint(home / "artifacts" / "dpo" / "ckpt_last.pt")["step"] == 6
+
+
+def test_the_curves_are_what_the_logs_say(home):
+    with pytest.raises(UserError, match="train first"): plot_preferences(home / "artifacts" / "dpo")
+    train_dpo(home, TINY)
+    loss, rewards, accuracy = plot_preferences(home / "artifacts" / "dpo").axes
+    train, val = (read_log(home / "artifacts" / "dpo" / f"{name}_log.jsonl") for name in ("train", "val"))
+    def drawn(axes): return [list(line.get_ydata()) for line in axes.lines]
+    assert drawn(loss) == [[row["dpo"] for row in train], [row["dpo"] for row in val], [LN2, LN2]] and len(train) == 24
+    assert drawn(rewards)[1:] == [[row[name] for row in log] for name in ("chosen_reward", "rejected_reward") for log in (train, val)]
+    assert drawn(accuracy)[1:] == [[row["accuracy"] for row in log] for log in (train, val)]
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "artifacts/sft/ckpt_best.pt"])

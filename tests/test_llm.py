@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
+from dataclasses import replace
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -16,10 +17,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanomoe import llm
+from nanomoe import cli, llm
 from nanomoe.files import UserError
-from nanomoe.llm import (Interrupted, Request, append_jsonl, back_off, expected_cost, judge, mend, read_answers, read_jsonl, retry_after,
+from nanomoe.llm import (Interrupted, Request, append_jsonl, back_off, expected_cost, judge, llm_writer, mend, read_answers, read_jsonl, retry_after,
                          unanswered, write_with_llm)
+from nanomoe.synth import Seed, broken_rules, make_sft_data, seed_row, write_rows
 
 KEY = "sk-planted-0123456789abcdef"
 
@@ -664,6 +666,63 @@ def test_any_bytes_are_read_and_every_line_is_accounted_for(lines):
         aside = path.with_name("a.jsonl.set-aside")
         moved = [line for line in aside.read_bytes().split(b"\n") if line.strip()] if aside.exists() else []
         assert sorted(left + moved) == sorted(line for line in content if line.strip())
+
+
+# ---- instructions and pairs
+
+def asked_for(names, split="train"):
+    "Seeds that can be told apart by their instructions, whoever stands in for whom."
+    return [Seed(f"{split}-{i}", split, name, "kindness", (f"{split} kite {i}",), (), 1, 3, i, "she") for i, name in enumerate(names)]
+
+
+def told(seed):
+    return f"{seed.protagonist} had a {seed.required[0]}. It flew."
+
+
+def test_only_whole_answers_become_training_data(server, tmp_path):
+    "Each of these texts keeps all the rules."
+    seeds = asked_for(["Mia", "Zoe", "Ada", "Ivy", "Eve", "Amy", "Ida"]) + asked_for(["Una"], "val")
+    text = {seed.id: told(seed) for seed in seeds}
+    assert not any(broken_rules(text[seed.id], seed) for seed in seeds)
+    replies = [completion(text["train-0"]), completion(None, refusal=text["train-1"]), completion(text["train-2"], "content_filter"), completion(text["train-3"], "length"),
+               completion(" "), (400, {}, {"error": {"message": "too long"}}), (500, {}, b"oops"), completion(text["val-0"])]
+    server.plan.update({seed.instruction: [reply] for seed, reply in zip(seeds, replies)})
+    counts = make_sft_data(tmp_path, llm_writer(tmp_path / "a.jsonl", attempts=1, base_url=server.url, retries=0), seeds)
+    assert counts == {"accepted": 2, "refused": 2, "truncated": 1, "empty": 1, "failed": 2}
+    folder = tmp_path / "data" / "synthetic"
+    assert [row["id"] for name in ("train", "val") for row in rows_of(folder / f"sft_{name}.jsonl")] == ["train-0", "val-0"]
+    rejects = {row["id"]: (row["broken"], row["response"]) for row in rows_of(folder / "rejects.jsonl")}
+    assert rejects["train-1"] == (["refused"], text["train-1"]) and rejects["train-5"] == (["failed"], "status 400, too long") and len(rejects) == 6
+
+
+def test_what_is_no_answer_is_asked_again(server, tmp_path):
+    seeds = asked_for(["Mia"]) + asked_for(["Una"], "val")
+    for seed in seeds:
+        server.plan[seed.instruction] = [completion(told(seed), "length"), completion(told(seed))]
+    assert make_sft_data(tmp_path, llm_writer(tmp_path / "a.jsonl", base_url=server.url), seeds) == {"accepted": 2, "truncated": 2}
+
+
+def test_pairs_go_on_after_a_limit_and_a_failure(server, tmp_path, monkeypatch, capsys):
+    "Whoever was asked for once is asked for by the next run as well: nothing is paid for twice, and nothing refused."
+    seeds = asked_for(["Mia", "Zoe", "Ada", "Ivy", "Eve", "Amy"]) + asked_for(["Una", "Ida", "Fay", "Kay"], "val")
+    write_rows(tmp_path / "data" / "synthetic" / "prompt_seeds.jsonl", map(seed_row, seeds))
+    for seed in seeds:
+        for hero in seeds:
+            asked = replace(seed, protagonist=hero.protagonist)
+            server.plan[asked.instruction] = [completion(told(asked))] * 9
+    server.plan[seeds[5].instruction].insert(0, (400, {}, {}))
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+
+    def make(**options):
+        cli.make_dpo_data(preset="smoke", home=tmp_path, writer="openai", set=["sft.examples=1", "dpo.examples=200"], **options)
+        return " ".join(capsys.readouterr().out.split())
+    assert make(limit=4, attempts=1) == "Pairs: 6 accepted"     # two of training, both ways, and two for validation
+    for hero in seeds[:4] + seeds[5:]:      # whoever stands in for Eve
+        server.plan[replace(seeds[4], protagonist=hero.protagonist).instruction].insert(0, completion(None, refusal="No."))
+    assert make(attempts=1) == "Pairs: 12 accepted, 1 chosen failed, 1 rejected refused"
+    assert make(attempts=2) == "Pairs: 16 accepted, 1 chosen failed, 1 rejected refused"
+    prompts = Counter(prompt for _, prompt, *_ in server.letters)
+    assert len(prompts) == 20 and sum(prompts.values()) == 22       # a chosen and a rejected story for ten heroes, and two that were asked again
 
 
 # ---- cost
