@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .checkpoint import check_tokenizer, load_model
 from .data import load_shards
+from .dpo import plot_preferences
 from .files import UserError, find_checkpoints, write_atomically
 from .generate import encode_prompt, stream, tell_story
 from .model import NanoMoE
@@ -379,8 +380,8 @@ def make_plots(home, # a folder with checkpoints
     tok = load_tokenizer(home / "tokenizer.json")
     for model in models.values(): check_tokenizer(tok, model)
     openings, figures = _openings(home, tok, prompts), {}
-    if (home / "artifacts" / "pretraining" / "train_log.jsonl").is_file():
-        figures["pretrain_training_summary"] = plot_training(home / "artifacts" / "pretraining")
+    for name, stage, plot in (("pretrain", "pretraining", plot_training), ("dpo", "dpo", plot_preferences)):
+        if (home / "artifacts" / stage / "train_log.jsonl").is_file(): figures[f"{name}_training_summary"] = plot(home / "artifacts" / stage)
     traces = {name: [trace_routing(model, opening[:model.cfg.max_seq_len]) for opening in openings] for name, model in models.items()}
     figures["expert_usage_mean"] = usage_figure({name: [trace.usage for trace in each] for name, each in traces.items()})
     figures["routing_confidence_hist"] = confidence_figure(

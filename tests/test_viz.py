@@ -257,11 +257,12 @@ def test_plots_of_what_there_is(home):
     log(home / "artifacts" / "pretraining" / "train_log.jsonl", *TRAINED)
     log(home / "artifacts" / "pretraining" / "val_log.jsonl", {"step": 3, "tokens": 300, "nats": 2.0})
     save_checkpoint(home / "artifacts" / "dpo" / "ckpt_best.pt", MODEL)
+    log(home / "artifacts" / "dpo" / "train_log.jsonl", *({"step": step, "dpo": 0.7, "chosen_reward": 0, "rejected_reward": -1, "accuracy": 1} for step in (1, 2, 3)))
     (home / "reports" / "scorecard.json").write_text(json.dumps(SCORES), encoding="utf-8")
     done = CliRunner().invoke(cli.app, ["make-plots", "--home", str(home)], catch_exceptions=False)
     figures = sorted((home / "reports" / "figs").iterdir())
-    assert [path.name for path in figures] == sorted([*ALWAYS, "pretrain_training_summary.png", "scorecard.png"])
-    assert done.exit_code == 0 and done.output.count("Drawn: ") == 5 and all(path.read_bytes().startswith(b"\x89PNG") for path in figures)
+    assert [path.name for path in figures] == sorted([*ALWAYS, "pretrain_training_summary.png", "dpo_training_summary.png", "scorecard.png"])
+    assert done.exit_code == 0 and done.output.count("Drawn: ") == 6 and all(path.read_bytes().startswith(b"\x89PNG") for path in figures)
 
 
 def test_plots_without_shards_or_with_those_of_another_tokenizer(home):
