@@ -93,19 +93,18 @@ def _check_memory(cfg):
 
 def _describe(stories, chosen):
     "What tokenizer and shards are made of; kept in meta.json to tell whether they are still what is asked for."
-    cfg, path = chosen.train, Path(stories).expanduser()
-    files = [] if stories in ("storybook", "tinystories") else sorted(file for file in (path, *path.rglob("*")) if file.is_file())
-    stamps = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]    # the files may be huge
+    from nanomoe.stories import story_files
+    cfg, files = chosen.train, story_files(stories)
+    stamps = [(str(file.relative_to(Path(stories).expanduser())), file.stat().st_size, file.stat().st_mtime_ns) for file in files]    # the files may be huge
     edition = f" (files {sha256_of(repr(stamps))[:12]})" if files else ""
     return f"{stories}{edition}, {cfg.stories} + {cfg.val_stories} stories, vocabulary {chosen.model.vocab_size} from {cfg.tokenizer_stories}, seed {cfg.seed}"
 
 
-def _train_tokenizer(home, stories, chosen):
+def _train_tokenizer(stories, chosen):
     from nanomoe.stories import open_stories
-    from nanomoe.tokenizer import save_tokenizer, train_tokenizer
+    from nanomoe.tokenizer import train_tokenizer
     tok = train_tokenizer((story.text for story in open_stories(stories, "train", chosen.train.tokenizer_stories, chosen.train.seed)), chosen.model.vocab_size)
-    save_tokenizer(tok, home / "tokenizer.json")
-    out.print(f"Tokenizer: {tok.get_vocab_size():,} tokens, in {home / 'tokenizer.json'}")
+    out.print(f"Tokenizer: {tok.get_vocab_size():,} tokens")
     return tok
 
 
@@ -117,6 +116,14 @@ def _write_shards(home, stories, chosen, tok):
     meta = write_shards(splits, tok, folder, _describe(stories, chosen))
     for name, split in meta["splits"].items():
         out.print(f"Shard {name}: {split['stories']:,} stories, {split['tokens']:,} tokens, {split['bytes'] / split['tokens']:.2f} bytes a token")
+
+
+def _tokenizer_and_shards(home, stories, chosen):
+    "Both anew; the tokenizer is saved last, so that stories that cannot be read leave the old one in its place."
+    from nanomoe.tokenizer import save_tokenizer
+    tok = _train_tokenizer(stories, chosen)
+    _write_shards(home, stories, chosen, tok)
+    save_tokenizer(tok, home / "tokenizer.json")
 
 
 def _shards_are_right(home, stories, chosen):
@@ -194,8 +201,7 @@ def _run(home, stories, chosen, device, fresh):
     there = find_checkpoints(home) or (home / "artifacts" / "pretraining" / "ckpt_last.pt").exists()
     if not fresh and not right and there and not _made_of(home, stories, chosen):
         raise UserError(f"{home} holds a model trained on other stories or with other settings: give those again, add --fresh to replace it, or use another --home.")
-    if fresh or not right:
-        _write_shards(home, stories, chosen, _train_tokenizer(home, stories, chosen))
+    if fresh or not right: _tokenizer_and_shards(home, stories, chosen)
     else: out.print("Tokenizer and shards: there already, and right")
     _pretrain(home, chosen, device, fresh)
     if not fresh and _synthetic_source(home).startswith("nanomoe "):
@@ -279,7 +285,7 @@ def _synthetic_is_right(home, stories, chosen):
 
 
 def _tune(stage, home, chosen, device, fresh):
-    from nanomoe.dpo import train_dpo
+    from nanomoe.dpo import plot_preferences, train_dpo
     from nanomoe.generate import generate
     from nanomoe.sft import prompt_ids, train_sft
     from nanomoe.synth import load_prompt_seeds
@@ -294,7 +300,9 @@ def _tune(stage, home, chosen, device, fresh):
 
     best = {"sft": train_sft, "dpo": train_dpo}[stage](home, chosen, device, fresh, sample)
     what = f"{best['nats']:.4f} nats per token of held-out answers" if stage == "sft" else f"{best['accuracy']:.0%} of held-out pairs the right way round, loss {best['dpo']:.4f}"
-    if int(os.environ.get("RANK", 0)) == 0: out.print(f"{stage.upper()}: {what} (best, after step {best['step']:,})")
+    if int(os.environ.get("RANK", 0)) != 0: return
+    if stage == "dpo": _save_figure(plot_preferences(home / "artifacts" / "dpo"), home / "reports" / "figs" / "dpo_training_summary.png")
+    out.print(f"{stage.upper()}: {what} (best, after step {best['step']:,})")
 
 
 def _judge(home, device, prompts):
@@ -330,11 +338,19 @@ def _tell_some(home, chosen, device):
 
 
 @app.command()
-def tokenizer(preset: PresetName = "laptop", stories: Stories = "storybook", home: Home = Path("."), seed: Seed = 0, set: Settings = []):
+def tokenizer(preset: PresetName = "laptop", stories: Stories = "storybook", home: Home = Path("."), seed: Seed = 0, fresh: Fresh = False, set: Settings = []):
     "Train the byte-level BPE tokenizer on the first stories, and write tokenizer.json."
+    from nanomoe.checkpoint import load_checkpoint, vocabulary_hash
+    from nanomoe.tokenizer import save_tokenizer
     chosen = _choose(preset, set, seed)
     _check_home(home)
-    with _alone(home): _train_tokenizer(home, stories, chosen)
+    with _alone(home):
+        tok = _train_tokenizer(stories, chosen)
+        models = [] if fresh else [*find_checkpoints(home).values(), *home.glob("artifacts/pretraining/ckpt_last.pt")]
+        if {load_checkpoint(path).get("vocabulary") for path in models} - {None, vocabulary_hash(tok)}:
+            raise UserError(f"{home} holds a model that was trained with another tokenizer: give the stories and settings of that one, add --fresh to replace it, or use another --home.")
+        save_tokenizer(tok, home / "tokenizer.json")
+        out.print(f"In {home / 'tokenizer.json'}")
 
 
 @app.command()
@@ -472,7 +488,9 @@ def _have_shards(home, stories, chosen):
     from nanomoe.data import load_shards
     from nanomoe.tokenizer import load_tokenizer
     shards, tokenizer = home / "data" / "shards", home / "tokenizer.json"
-    if not (shards / "meta.json").exists(): _write_shards(home, stories, chosen, load_tokenizer(tokenizer) if tokenizer.exists() else _train_tokenizer(home, stories, chosen))
+    if not (shards / "meta.json").exists():
+        if tokenizer.exists(): _write_shards(home, stories, chosen, load_tokenizer(tokenizer))
+        else: _tokenizer_and_shards(home, stories, chosen)
     out.print(f"Stories: {load_shards(shards, load_tokenizer(tokenizer)).meta['source']}")
 
 

@@ -54,7 +54,7 @@ def home(tmp_path_factory):
 
 
 def test_a_run_leaves_what_it_should(home):
-    names = "tokenizer.json data/shards/train.bin data/shards/val.bin data/shards/meta.json reports/figs/pretrain_training_summary.png reports/scorecard.json reports/figs/scorecard.png".split()
+    names = "tokenizer.json data/shards/train.bin data/shards/val.bin data/shards/meta.json reports/figs/pretrain_training_summary.png reports/figs/dpo_training_summary.png reports/scorecard.json reports/figs/scorecard.png".split()
     names += [f"data/synthetic/{name}.jsonl" for name in ("prompt_seeds", "sft_train", "sft_val", "dpo_train", "dpo_val")]
     for name in (*names, *(f"artifacts/{stage}/{n}" for stage in ("pretraining", "sft", "dpo") for n in "ckpt_best.pt ckpt_last.pt train_log.jsonl val_log.jsonl config.json".split())):
         assert (home / name).stat().st_size > 0, name
@@ -83,6 +83,40 @@ def test_a_model_that_was_not_trained_here_is_not_replaced(home, tmp_path):
     shutil.rmtree(tmp_path / "data")
     assert "--fresh" in refused("run", "--home", tmp_path, *TINY)
     for name in ("tokenizer.json", "artifacts/pretraining/ckpt_best.pt"): assert (tmp_path / name).read_bytes() == (home / name).read_bytes()
+
+
+def test_a_tokenizer_that_a_model_was_trained_with_is_not_replaced(home):
+    before, same = (home / "tokenizer.json").read_bytes(), ["tokenizer", "--home", home, *TINY[:2], *TINY[4:]]
+    assert "another tokenizer" in refused(*same, "--seed", 9)
+    assert nanomoe(*same).returncode == 0 and (home / "tokenizer.json").read_bytes() == before      # the same once more does no harm
+
+
+def test_stories_that_cannot_be_read_replace_nothing(home, tmp_path):
+    "The tokenizer reads the first file only; what is wrong with the second one is found when the shards are written."
+    shutil.copytree(home, tmp_path / "copy")
+    (tmp_path / "stories").mkdir()
+    (tmp_path / "stories" / "a.txt").write_text("<|endoftext|>".join(f"Once there was a fox. It had {i} friends. They ran." for i in range(200)))
+    (tmp_path / "stories" / "b.txt").write_bytes(b"Once \xff")
+    kept = {path: path.read_bytes() for path in (tmp_path / "copy").rglob("*") if path.is_file()}
+    few = ["--set", "stories=250", "--set", "tokenizer_stories=100"]
+    assert "b.txt is not UTF-8 text" in refused("run", "--fresh", "--stories", tmp_path / "stories", "--home", tmp_path / "copy", *TINY, *few)
+    assert {path: path.read_bytes() for path in kept} == kept
+
+
+def test_a_home_inside_its_stories(tmp_path, monkeypatch, capsys):
+    "What a run writes there is not read as stories, and changes nothing about them."
+    from nanomoe.stories import storybook
+    for name, first in (("my-train.txt", 0), ("my-val.txt", 400)):
+        (tmp_path / name).write_text("\n<|endoftext|>\n".join(story.text for story in storybook(n=400, start=first)))
+    monkeypatch.chdir(tmp_path)
+    for name in ("_judge", "_tell_some"): monkeypatch.setattr(cli, name, lambda *_: None)       # they take the longest
+    settings = [*TINY[5::2], "max_seq_len=600", "sft.val_examples=20"]      # heroes enough to stand in for each other
+    def run(): return cli.run(preset="smoke", stories=".", home=Path("."), device="cpu", set=settings) or capsys.readouterr().out
+    assert "Shard train" in run()
+    again = run()
+    assert "Tokenizer and shards: there already, and right" in again and "Instructions and pairs: there already, and right" in again
+    (tmp_path / "my-val.txt").write_text("Once there was a fox.")
+    with pytest.raises(UserError, match="other stories"): run()
 
 
 def test_instructions_of_another_command_are_kept(home, tmp_path):
@@ -219,7 +253,7 @@ def test_a_prompt_that_is_no_text(home):
 
 def test_generate_checks_that_tokenizer_and_model_belong_together(home, tmp_path):
     shutil.copytree(home, tmp_path / "copy")
-    assert nanomoe("tokenizer", "--home", tmp_path / "copy", *TINY[:2], *TINY[4:], "--set", "vocab_size=300").returncode == 0
+    assert nanomoe("tokenizer", "--home", tmp_path / "copy", *TINY[:2], *TINY[4:], "--set", "vocab_size=300", "--fresh").returncode == 0
     error = refused("generate", "--home", tmp_path / "copy")
     assert "400" in error and "300" in error and "tokenizer.json" in error
 
@@ -273,7 +307,7 @@ def test_a_name_that_no_file_can_have(home):
 
 def test_another_tokenizer_is_refused(home, tmp_path):
     shutil.copytree(home, tmp_path / "copy")
-    assert nanomoe("tokenizer", "--home", tmp_path / "copy", "--seed", 9, *TINY[:2], *TINY[4:]).returncode == 0
+    assert nanomoe("tokenizer", "--home", tmp_path / "copy", "--seed", 9, "--fresh", *TINY[:2], *TINY[4:]).returncode == 0
     assert "prepare-data" in refused("pretrain", "--home", tmp_path / "copy", *TINY)
 
 
