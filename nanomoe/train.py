@@ -220,11 +220,11 @@ def _diverged(step, loss, norm=None):
     what = f"The loss is {loss:.3g}" + (f" and the norm of its gradient {norm:.3g}" if norm is not None else "")
     return UserError(f"{what} at step {step:,}: training stopped, and ckpt_best.pt is as good as it was; lower lr and muon_lr and start with --fresh.")
 
-def _in_any_process(flag, device): # all must stop at the same step, or the others would wait for ever
-    if _place()[1] == 1: return flag
-    count = torch.tensor(float(flag), device=device)
-    dist.all_reduce(count)
-    return count.item() > 0
+def _in_all_processes(count, device): # added up; of a flag, in how many it is set
+    if _place()[1] == 1: return int(count)
+    total = torch.tensor(count, dtype=torch.int64, device=device)
+    dist.all_reduce(total)
+    return total.item()
 
 def _memory_mb(device): # the most that this process has held so far
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device) / 1e6
@@ -299,13 +299,13 @@ def fit(model: NanoMoE, cfg: LoopConfig,
             batches = [[t.to(device, non_blocking=True) for t in batch_at(micro, rank, world)] for micro in micro_steps]
             row = train_step(objective, model, cfg, optimizers, batches, step)
             done, now = step + 1, time.perf_counter()
-            tokens += sum(t.numel() for batch in batches for t in batch if t.ndim == 2) // 2 * world      # what is read and what is to be said: equally many of each
+            tokens += _in_all_processes(sum(t.numel() for batch in batches for t in batch if t.ndim == 2) // 2, device)     # what is read, padding too; what is to be said is as much again
             if writes and (done == 1 or done % cfg.log_every == 0 or done in evaluate_at):
                 speed, clock, seen = (tokens - seen) / (now - clock), now, tokens
                 train_log.write(step=done, tokens=tokens, **row, tokens_per_s=round(speed, 1), memory_mb=round(_memory_mb(device)))
                 bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed:,.0f} tokens/s" + (f", best {goal} {best[goal]:.3f}" if best["step"] else ""))
             bar.update()
-            stop = _in_any_process(bool(asked), device)
+            stop = _in_all_processes(bool(asked), device)   # all must stop at the same step, or the others would wait for ever
             if done in evaluate_at:
                 result = score(model.eval())
                 if not math.isfinite(result[goal]): raise _diverged(done, result[goal])
@@ -325,7 +325,7 @@ def fit(model: NanoMoE, cfg: LoopConfig,
                 _save_last(last, model, cfg, optimizers, done, tokens, best, data)
                 saved = time.perf_counter()
             if stop and done < cfg.steps: raise Stopped(f"Stopped after step {done:,} of {cfg.steps:,}, and saved; the same command goes on from there.")
-    if _in_any_process(bool(asked), device): raise Stopped("Stopped after the last step, and saved; the same command goes on from there.")
+    if _in_all_processes(bool(asked), device): raise Stopped("Stopped after the last step, and saved; the same command goes on from there.")
     return best
 
 # %% ../nbs/04_pretrain.ipynb #b06ba1e7

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nanomoe import train
 from nanomoe.checkpoint import load_checkpoint, load_model
 from nanomoe.config import ModelConfig, Preset, TrainConfig
 from nanomoe.data import write_shards
@@ -44,6 +45,9 @@ def home(prepared, tmp_path):
 
 def losses(home):
     return [(row["step"], row["loss"], row["grad_norm"]) for row in read_log(home / "artifacts" / "pretraining" / "train_log.jsonl")]
+
+
+def tokens(home): return [row["tokens"] for row in read_log(home / "artifacts" / "pretraining" / "train_log.jsonl")]
 
 
 def weights(home, name="ckpt_last.pt"):
@@ -109,10 +113,10 @@ def test_a_stop_in_the_last_evaluation_is_heard(home):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo under torchrun is for Linux and macOS")
-@pytest.mark.parametrize("processes", [2, 3])     # three processes share eight rows as 3 + 3 + 2
-def test_processes_share_a_batch(prepared, home, tmp_path, processes):
+@pytest.mark.parametrize("processes, optimizer", [(2, "muon"), (3, "adamw")])     # three processes share eight rows as 3 + 3 + 2
+def test_processes_share_a_batch(prepared, home, tmp_path, processes, optimizer):
     # gentle rates: rounding differs between the two, and a router at an edge would turn that into another choice
-    gentle = ["--set", "optimizer=adamw", "--set", "lr=1e-3", "--set", "tokens=10240", "--set", "grad_accum=2"]
+    gentle = ["--set", f"optimizer={optimizer}", "--set", "lr=1e-3", "--set", "muon_lr=1e-3", "--set", "tokens=10240", "--set", "grad_accum=2"]
     alone = tmp_path / "alone"
     shutil.copytree(prepared, alone)
     subprocess.run(command(alone, *gentle), check=True, env=environment(), capture_output=True)
@@ -121,12 +125,27 @@ def test_processes_share_a_batch(prepared, home, tmp_path, processes):
     assert done.returncode == 0, done.stderr
     assert len(losses(home)) == 10
     for (_, ours, _), (_, theirs, _) in zip(losses(home), losses(alone), strict=True): assert abs(ours - theirs) < 1e-5
+    assert tokens(home) == tokens(alone) == [1024 * step for step in range(1, 11)]
 
 
-def test_a_worse_score_never_replaces_the_best(home):
-    best = pretrain(home, TINY)
+class Killed(BaseException): pass
+
+
+def test_a_worse_score_never_replaces_the_best(home, monkeypatch):
+    "Not even in a run that goes on after a kill, and has only heard of the best one."
+    scores, evaluations = {0: 3.0, 1: 2.0, 2: 2.5, 3: 4.0}, lambda: len(read_log(home / "artifacts" / "pretraining" / "val_log.jsonl"))
+    monkeypatch.setattr(train, "evaluate", lambda *_: {"nats": scores[evaluations()], "bpb": scores[evaluations()]})
+
+    def sample(model):
+        if evaluations() == 2: raise Killed
+        return "Once."
+
+    with pytest.raises(Killed): pretrain(home, TINY, sample=sample)
     kept = weights(home, "ckpt_best.pt")
-    assert best["step"] == 40 and pretrain(home, TINY) == best     # finished: nothing is trained again
+    assert same(kept, weights(home))        # of the second evaluation, after step 20
+    best = pretrain(home, TINY)
+    assert best["step"] == 20 and best["bpb"] == 2.0 and evaluations() == 4 and not same(kept, weights(home))
+    assert pretrain(home, TINY) == best     # finished: nothing is trained again
     assert same(kept, weights(home, "ckpt_best.pt"))
 
 
