@@ -59,7 +59,9 @@ def contains(text: str, phrase: str) -> bool: return find_phrase(text, phrase) i
 
 _TITLES = re.compile(r"\b(Mr|Mrs|Ms|Dr|St|Prof)\.")
 _STOP = re.compile(r"""[.!?…]+(["')]*)(?=\s|$)""")
-_SPEAKS = re.compile(r"(?:\w+ ){1,3}?(?:said|asked|cried|called|shouted|whispered|replied|answered|laughed|sighed|added|thought|wondered)\b(?!,)")
+_SAYING = ("said|says|asked|cried|called|shouted|yelled|screamed|exclaimed|whispered|murmured|muttered|mumbled|replied|answered|agreed|announced|explained|repeated|begged|"
+           "laughed|giggled|chuckled|sighed|sobbed|gasped|squeaked|added|thought|wondered")
+_SPEAKS = re.compile(rf"(?:\w+ ){{1,3}}?(?:{_SAYING})\b(?!,)")
 
 def count_sentences(text: str) -> int:
     "How many sentences a text has; a last one that does not end counts too."
@@ -67,7 +69,7 @@ def count_sentences(text: str) -> int:
     count = 0
     for stop in _STOP.finditer(text):
         rest = text[stop.end():].lstrip("\"'( \t\r\n")
-        goes_on = rest[:1].islower() or ('"' in stop[1] and "." not in stop[0] and _SPEAKS.match(rest))     # "Stop!" Tom shouted.
+        goes_on = rest[:1].islower() or (stop[1] and stop[0].rstrip("\"')") != "." and _SPEAKS.match(rest))     # "Stop!" Tom shouted.
         count += not goes_on
     return count + (re.search(r"""[.!?…]["')]*$""", text) is None and text != "")
 
