@@ -64,7 +64,8 @@ def test_instructions_answered_by_a_real_llm_on_the_command_line(tmp_path, capsy
     assert len(answers) == 3 and not answers.problems
     broken = Counter(rule for row in read_jsonl(folder / "rejects.jsonl")[0].values() for rule in row["broken"])
     accepted = sum(len(read_jsonl(path)[0]) for path in folder.glob("sft_train.jsonl")) + sum(len(read_jsonl(path)[0]) for path in folder.glob("sft_val.jsonl"))
-    with capsys.disabled(): print(f"\nanswers of {MODEL.stem}: {len(answers)}, accepted {accepted}, broken rules {dict(broken)}; {(run.stdout + run.stderr).strip()}")
+    rates = {name: f"{n} ({n / len(answers):.0%})" for name, n in {"accepted": accepted, **broken}.items()}
+    with capsys.disabled(): print(f"\nanswers of {MODEL.stem}: {len(answers)}, " + ", ".join(f"{name} {rate}" for name, rate in rates.items()) + f"; {(run.stdout + run.stderr).strip()}")
     assert run.returncode == 0 or "kept the rules" in run.stderr      # with three answers there may be none to train on
     assert accepted or broken
 

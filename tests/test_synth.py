@@ -13,11 +13,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from nanomoe.config import preset
 from nanomoe.files import UserError
+from nanomoe.sft import encode_example, prompt_ids
 from nanomoe.stories import THEMES, Story, open_stories
 from nanomoe.synth import (MAX_REPETITION, MAX_WORDS, RULES, Seed, article, broken_rules, contains, corpus_writer, count_sentences, frequent_pairs,
                            is_held_out, load_prompt_seeds, make_prompt_seeds, make_seeds, make_sft_data, pairs_of_words, read_rows, read_story,
                            repetition, seed_from, seed_row, write_rows)
+from nanomoe.tokenizer import train_tokenizer
 
 SEED = Seed("train-000000", "train", "Lily", "kindness", ("red kite", "tall hill"), ("cold rain",), 2, 5, 0)
 GOOD = "Lily took the red kite.\nShe ran up the tall hill. It was a fine day!"
@@ -79,7 +82,10 @@ def test_how_many_sentences(text, count): assert count_sentences(text) == count
 def test_sentences_begin_with_any_capital(text): assert count_sentences(text) == 2
 
 
-def test_speech_before_a_name_is_one_sentence(): assert count_sentences('"Stop!" Tom shouted.') == 1
+@pytest.mark.parametrize("text, count", [
+    ('"Stop!" Tom shouted.', 1), ('"Wow!" Lily exclaimed.', 1), ("“Wow!” the old owl yelled.", 1), ('"Wait..." Tom said.', 1), ("'Stop!' Tom shouted.", 1), ("‘Why?’ Mia asked.", 1),
+    ('"Wait..." Tom ran.', 2), ('He said, "I ran." Tom said no.', 2), ('"Go." Tom said so.', 2), ('"Stop!" Tom ran.', 2), ('"Hi!" Tom laughed, and ran.', 2)])
+def test_speech_before_a_name_is_one_sentence(text, count): assert count_sentences(text) == count
 
 
 sentences = st.lists(words, min_size=1, max_size=6).flatmap(lambda ws: st.sampled_from(
@@ -248,11 +254,15 @@ def test_rows_survive_json(seed, text):
         with pytest.raises(UserError, match="wrong kind"): seed_from({**json.loads(json.dumps(seed_row(seed))), **change})
 
 
-def test_prompts_and_stories_are_short(many):
-    "Words, with a margin for the tokens that words are split into; what does not fit is left out when a model reads it (test_sft.py)."
+@pytest.mark.parametrize("name", ["smoke", "laptop", "full"])
+def test_prompts_and_stories_are_short(many, name):
+    "In words, and in the tokens of every preset: all fit into its context, and an instruction leaves room for any answer."
     home, made = many
-    for seed, text in corpus_writer(open_split)(made[:500]):
+    model, pairs = preset(name).model, list(corpus_writer(open_split)(made[:500]))
+    tok = train_tokenizer((story.text for story in open_split("train")), model.vocab_size)
+    for seed, text in pairs:
         assert len(re.findall(r"\w+", text)) <= MAX_WORDS and len(seed.instruction.split()) <= 60
+        assert len(prompt_ids(tok, seed.instruction)) <= 100 and len(encode_example(tok, seed.instruction, text)[0]) <= model.max_seq_len
 
 
 def test_too_few_stories_are_said_in_one_sentence(tmp_path):
