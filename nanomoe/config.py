@@ -162,7 +162,7 @@ _PRESETS = {
         SFTConfig(examples=160, val_examples=16, evals=2), DPOConfig(examples=80, evals=2)),
     "laptop": Preset(
         ModelConfig(vocab_size=4_096, d_model=128, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=256), TrainConfig(stories=12_000, val_stories=500, tokens=800_000, evals=2),
-        SFTConfig(examples=3_500, epochs=1.2, val_examples=200, replay=0.4, lr=3e-3, muon_lr=7e-3, decay=0.3, patience=0, evals=2), DPOConfig(examples=1_200, lr=5e-4, muon_lr=1e-3, evals=2)),
+        SFTConfig(examples=3_500, epochs=1.2, val_examples=200, replay=0.4, lr=3e-3, muon_lr=7e-3, decay=0.3, patience=0, evals=2), DPOConfig(examples=600, lr=5e-4, muon_lr=1e-3, evals=2)),
     "full": Preset(ModelConfig(), TrainConfig()),
 }
 

@@ -1,5 +1,6 @@
 """The command line: the main job end to end, and every mistake as one sentence with nothing lost."""
 import errno
+import io
 import os
 import re
 import shutil
@@ -11,11 +12,16 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, strategies as st
 
 from nanomoe import cli
+from nanomoe.checkpoint import load_model
 from nanomoe.config import ModelConfig, Preset, override, preset
 from nanomoe.files import UserError
+from nanomoe.generate import generate
+from nanomoe.sft import prompt_ids
+from nanomoe.tokenizer import EOS, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 TINYSTORIES = ROOT.parent / "shared" / "tinystories"
@@ -261,6 +267,32 @@ def test_generate_checks_that_tokenizer_and_model_belong_together(home, tmp_path
 def test_generate(home):
     first, second = (nanomoe("generate", "Once upon a time", "--home", home, "--max-new-tokens", 20, "--seed", 5, *more) for more in ((), ("--no-cache",)))
     assert first.returncode == 0 and first.stdout.startswith("Once upon a time") and first.stdout == second.stdout
+
+
+def test_an_instruction_is_asked_as_in_training(home):
+    model, tok = load_model(home / "artifacts/dpo/ckpt_best.pt"), load_tokenizer(home / "tokenizer.json")
+    ids = torch.tensor([prompt_ids(tok, "Tell a story about Lily.")])
+    told = nanomoe("generate", "Tell a story about Lily.", "--instruct", "--home", home, "--temperature", 0, "--max-new-tokens", 12)
+    assert told.stdout.rstrip("\n") == f"Tell a story about Lily.\n\n{tok.decode(generate(model, ids, 12, temperature=0, eos_id=EOS)[0, ids.shape[1]:].tolist())}".rstrip("\n"), told.stderr
+
+
+@pytest.mark.parametrize("end, says", [("stop", ""), ("length", "--max-new-tokens reached"), ("context", "the context is full")])
+def test_a_story_is_printed_as_it_comes_and_says_why_it_ends(monkeypatch, capsys, end, says):
+    flushed = []
+
+    class Terminal(io.StringIO):
+        def flush(self): flushed.append(self.getvalue())
+
+    def stream_text(*_, **__):
+        for piece in (" upon", " a time"):
+            yield piece
+            assert flushed[-1].endswith(piece), "it is shown before the next one is asked for"
+        return end
+
+    monkeypatch.setattr("nanomoe.generate.stream_text", stream_text)
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    cli._tell(None, None, "Once", {})
+    assert terminal.getvalue() == "Once upon a time\n" and says in (told := capsys.readouterr().err) and bool(says) == bool(told)
 
 
 def test_real_stories(tmp_path):
