@@ -44,9 +44,7 @@ def _(h, weight, targets, chunk, with_grad):
 
 def _keep_grads(ctx, inputs, output): ctx.save_for_backward(*output[1:])
 
-def _scale_grads(ctx, d_loss, *_):
-    dh, d_weight = ctx.saved_tensors
-    return (dh * d_loss).to(dh.dtype), (d_weight * d_loss).to(d_weight.dtype), None, None, None
+def _scale_grads(ctx, d_loss, *_): return *((grad * d_loss).to(grad.dtype) for grad in ctx.saved_tensors), None, None, None
 
 _chunked_cross_entropy.register_autograd(_scale_grads, setup_context=_keep_grads)
 

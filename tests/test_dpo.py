@@ -527,7 +527,7 @@ def test_a_sample_that_repeats_itself_stops_the_run_and_keeps_what_was_good(home
     run(iter([stuck] * 5))                          # who repeats itself from the start has not collapsed
     log, val = log_of(home), read_log(home / "artifacts" / "dpo" / "val_log.jsonl")
     assert [row["sample"] for row in val] == [stuck] * 4 and [row["step"] for row in val] == [6, 12, 18, 24]
-    with pytest.raises(UserError, match=r"repeats itself \(9\d% of its runs.*ckpt_best.pt is as good as it was.*--fresh"): run(iter([told, told, stuck]))
+    with pytest.raises(UserError, match=r"repeats itself \(9\d% of its runs.*what was saved before stays.*--fresh"): run(iter([told, told, stuck]))
     assert log_of(home) == log[:12]                 # at the second evaluation
     assert same(weights(home, "ckpt_best.pt"), weights(home)) and load_checkpoint(home / "artifacts" / "dpo" / "ckpt_last.pt")["step"] == 6
 
