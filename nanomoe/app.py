@@ -140,7 +140,7 @@ def show_answer(turn: Turn, answer: Answer, write=None): # write(turn, answer, s
     if turn.seed and answer.text:
         lines = (f'<b style="color:{"#009E73" if kept else "#D55E00"}">{"✓" if kept else "✗"}</b> {html.escape(what)}'
                  for what, kept in checklist(answer.text, turn.seed, answer.end))
-        st.html(f'<div style="overflow-wrap:anywhere;max-width:46em">{"<br>".join(lines)}<br><small>Whether it is about {turn.seed.theme}, only a reader can tell.</small></div>')
+        st.html(f'<div style="overflow-wrap:anywhere;max-width:46em">{"<br>".join(lines)}<br><small>Whether it is about {html.escape(turn.seed.theme)}, only a reader can tell.</small></div>')
     if len(answer.waits) > 1:
         speed = (len(answer.waits) - 1) / sum(answer.waits[1:])
         st.caption(f"{len(answer.ids)} tokens, {ENDS[answer.end]} · {speed:,.0f} tokens/s {'with' if answer.cached else 'without'} KV cache · "

@@ -16,7 +16,7 @@ try:
     import time
     from contextlib import nullcontext
     from pathlib import Path
-    from typing import Annotated, Optional
+    from typing import Annotated
 
     import typer
     from rich.box import SIMPLE_HEAD
@@ -515,7 +515,7 @@ def llm_server(host: str = "127.0.0.1", port: int = 8080, context: Annotated[int
 
 
 @app.command("app")
-def serve_app(home: Annotated[Optional[Path], typer.Option(help="The folder whose checkpoints are shown.", show_default="the current folder, or the next one above it that has checkpoints")] = None, port: Annotated[int, typer.Option(min=1, max=65535)] = 8501,
+def serve_app(home: Annotated[Path | None, typer.Option(help="The folder whose checkpoints are shown.", show_default="the current folder, or the next one above it that has checkpoints")] = None, port: Annotated[int, typer.Option(min=1, max=65535)] = 8501,
               host: Annotated[str, typer.Option(help="127.0.0.1 means that only this machine can open it.")] = "127.0.0.1"):
     "The demo in a browser: stories, instructions, and where each token goes."
     from nanomoe.app import run_app

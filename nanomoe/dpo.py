@@ -29,7 +29,7 @@ from .sft import Examples, encode_example, pad_rows, prompt_ids
 from .style import PALETTE, style_axes
 from .synth import Seed, broken_rules, contains, exchange, read_rows, repetition, seed_row, write_rows
 from .tokenizer import PAD, load_tokenizer
-from .train import autocast, fit, in_halves, processes, read_log
+from .train import autocast, fit, in_halves, log_columns, processes
 
 # %% ../nbs/06_dpo.ipynb #d7e60f3b
 def stand_ins(seeds: list[Seed], texts: list[str], seed: int = 0) -> list[str | None]: # a wrong protagonist for each story
@@ -265,22 +265,23 @@ def plot_preferences(folder: str | Path, # holds train_log.jsonl and val_log.jso
                      ): # -> matplotlib Figure
     "Loss, rewards and accuracy of a preference tuning, in one figure."
     from matplotlib.figure import Figure
-    train, val = (read_log(Path(folder) / f"{name}_log.jsonl") for name in ("train", "val"))
-    if not train: raise UserError(f"There is nothing to draw in {folder}: train first.")
+    names = "step", "dpo", "chosen_reward", "rejected_reward", "accuracy"
+    train, val = (dict(zip(names, log_columns(Path(folder) / f"{split}_log.jsonl", *names))) for split in ("train", "val"))
+    if not len(train["step"]): raise UserError(f"There is nothing to draw in {folder}: train first.")
     figure = Figure(figsize=(10, 2.9), layout="constrained")
     loss, rewards, accuracy = figure.subplots(1, 3)
 
-    def draw(axes, name, colour, label):
-        axes.plot([row["step"] for row in train], [row[name] for row in train], color=colour, lw=1, label=label)
-        axes.plot([row["step"] for row in val], [row[name] for row in val], "o", color=colour, ms=5)
+    def draw(axes, name, colour, label, held_out=None):
+        axes.plot(train["step"], train[name], color=colour, lw=1, label=label)
+        axes.plot(val["step"], val[name], "o", color=colour, ms=5, label=held_out)
 
     draw(loss, "dpo", PALETTE[0], "loss")
     for axes, level, name in ((loss, math.log(2), "ln 2"), (rewards, 0, ""), (accuracy, 0.5, "by chance")):
         axes.axhline(level, color=PALETTE[-1], lw=0.8, ls=":")
-        axes.annotate(name, (train[-1]["step"], level), ha="right", va="bottom", fontsize=8)
+        axes.annotate(name, (train["step"][-1], level), ha="right", va="bottom", fontsize=8)
     for name, colour in (("chosen", PALETTE[2]), ("rejected", PALETTE[5])): draw(rewards, f"{name}_reward", colour, name)
-    draw(accuracy, "accuracy", PALETTE[0], "accuracy")
+    draw(accuracy, "accuracy", PALETTE[0], "training batch", "held-out pairs")
     style_axes(loss, "DPO loss", xlabel="step")
     style_axes(rewards, "Implicit rewards", xlabel="step").legend(frameon=False, fontsize=9)
-    style_axes(accuracy, "Pairs with a margin above 0", xlabel="step", ylim=(-0.03, 1.03))
+    style_axes(accuracy, "Pairs with a margin above 0", xlabel="step", ylim=(-0.03, 1.03)).legend(frameon=False, fontsize=9, loc="lower right")
     return figure

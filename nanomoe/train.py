@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['schedule', 'orthogonalize', 'Muon', 'make_optimizers', 'in_halves', 'evaluate', 'autocast', 'Log', 'read_log',
-           'Objective', 'Stopped', 'train_step', 'fit', 'pretrain', 'processes', 'plot_training']
+           'Objective', 'Stopped', 'train_step', 'fit', 'pretrain', 'processes', 'log_columns', 'plot_training']
 
 # %% ../nbs/04_pretrain.ipynb #fbef5529
 import gc
@@ -392,18 +392,29 @@ def processes(device: str, # "cpu", "cuda" or "mps"
         gc.collect()    # a DistributedDataParallel that is still around would outlive its connections, and abort the process at its end
         dist.destroy_process_group()
 
+# %% ../nbs/04_pretrain.ipynb #b5962480
+def log_columns(path: str | Path, # a log
+                *names: str): # -> an array for each of these keys, a value for each line; of the load, that of the last layer
+    "A log, turned on its side. Raises `UserError` where it is damaged."
+    rows = read_log(path)
+    try:
+        columns = [np.array([row["load"][-1] if name == "load" else row[name] for row in rows], dtype=float) for name in names]
+        if rows and any(not column.size or column.ndim != 1 + (name == "load") for name, column in zip(names, columns)): raise ValueError("lists where numbers belong")
+    except (LookupError, TypeError, ValueError, ArithmeticError): raise UserError(f"{path} is damaged: restore it from a copy, or train again with --fresh.") from None
+    return columns
+
 # %% ../nbs/04_pretrain.ipynb #124b3e81
 def plot_training(folder: str | Path, # holds train_log.jsonl and val_log.jsonl
                  ): # -> matplotlib Figure
     "Loss, router losses, load per expert and throughput of a run, in one figure."
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
-    tokens, ce, balance, z, shares, rate = _columns(Path(folder) / "train_log.jsonl", "tokens", "ce", "load_balance", "z", "load", "tokens_per_s")
+    tokens, ce, balance, z, shares, rate = log_columns(Path(folder) / "train_log.jsonl", "tokens", "ce", "load_balance", "z", "load", "tokens_per_s")
     if not len(tokens): raise UserError(f"There is nothing to draw in {folder}: train first.")
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     (loss, router), (load, speed) = figure.subplots(2, 2)
     loss.plot(tokens, ce, color=PALETTE[4], lw=1, label="training batch")
-    loss.plot(*_columns(Path(folder) / "val_log.jsonl", "tokens", "nats"), "o-", color=PALETTE[0], ms=4, label="whole validation split")
+    loss.plot(*log_columns(Path(folder) / "val_log.jsonl", "tokens", "nats"), "o-", color=PALETTE[0], ms=4, label="whole validation split")
     style_axes(loss, "Cross-entropy", ylabel="nats per token")
     router.plot(tokens, balance, color=PALETTE[5], label="load balance (1 = even)")
     router.plot(tokens, z, color=PALETTE[2], label="z-loss")
@@ -419,11 +430,3 @@ def plot_training(folder: str | Path, # holds train_log.jsonl and val_log.jsonl
         axes.xaxis.set_major_formatter(EngFormatter())
     for axes in (loss, router): axes.legend(frameon=False, fontsize=9)
     return figure
-
-def _columns(path, *names): # -> an array for each; of the load, that of the last layer
-    rows = read_log(path)
-    try:
-        columns = [np.array([row["load"][-1] if name == "load" else row[name] for row in rows], dtype=float) for name in names]
-        if rows and any(not column.size or column.ndim != 1 + (name == "load") for name, column in zip(names, columns)): raise ValueError("lists where numbers belong")
-    except (LookupError, TypeError, ValueError, ArithmeticError): raise UserError(f"{path} is damaged: restore it from a copy, or train again with --fresh.") from None
-    return columns
