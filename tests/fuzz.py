@@ -18,7 +18,7 @@ with atheris.instrument_imports(include=["nanomoe"]):
     from nanomoe.model import NanoMoE
     from nanomoe.synth import Seed, load_prompt_seeds, read_rows, seed_row
     from nanomoe.tokenizer import load_tokenizer, train_tokenizer
-    from nanomoe.train import _columns, read_log
+    from nanomoe.train import log_columns, read_log
 
 HOME = Path(tempfile.mkdtemp())
 (HOME / "data" / "synthetic").mkdir(parents=True)
@@ -34,7 +34,7 @@ def rows(data):
 def log(data):
     (HOME / "log.jsonl").write_bytes(data)
     assert all(isinstance(row["step"], (int, float)) for row in read_log(HOME / "log.jsonl"))
-    assert all(len(column) == len(read_log(HOME / "log.jsonl")) for column in _columns(HOME / "log.jsonl", "tokens", "load"))
+    assert all(len(column) == len(read_log(HOME / "log.jsonl")) for column in log_columns(HOME / "log.jsonl", "tokens", "load"))
 
 
 def prompt(data):
