@@ -28,3 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 def root():
     "The root of the repository."
     return ROOT
+
+
+def pytest_terminal_summary(terminalreporter):
+    "What a test has measured, for a person to read, whichever process it ran in."
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties: terminalreporter.line(f"{name}: {value}")

@@ -93,7 +93,7 @@ class Running:
 
 @lru_cache
 def _server():
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg", "OPENAI_API_KEY": KEY, "COLUMNS": "200"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg", "PYTHONUTF8": "1", "OPENAI_API_KEY": KEY, "COLUMNS": "200"}
     return subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)   # it ends with our end of the pipe
 
 
@@ -103,12 +103,12 @@ def _ask(job):
     return int(server.stdout.readline())
 
 
-def start(*words, accident="", env={}, folder=".", number=[0]) -> Running:
-    "Start a command; `accident` is Python that is run just before it."
+def start(*words, accident="", input="", env={}, folder=".", number=[0]) -> Running:
+    "Start a command; `accident` is Python that is run just before it, `input` what somebody types."
     number[0] += 1
     where = _scratch() / str(number[0])
     where.mkdir()
-    (where / "in").touch()
+    (where / "in").write_text(input, encoding="utf-8")
     files = {name: str(where / name) for name in ("in", "out", "err")}
     return Running(_ask({"words": [str(word) for word in words], "accident": accident, "env": env, "folder": str(Path(folder).resolve()), **files}), where)
 

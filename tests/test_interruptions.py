@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from forks import nanomoe, start
 from nanomoe import train
 from nanomoe.checkpoint import load_checkpoint, load_model
 from nanomoe.config import ModelConfig, Preset, TrainConfig
@@ -58,51 +60,52 @@ def weights(home, name="ckpt_last.pt"):
 def same(a, b): return all(torch.equal(a[name], b[name]) for name in a)
 
 
-def command(home, *more, launcher=(sys.executable, "-m")):
+def command(home, *more):
     settings = [word for setting in SETTINGS for word in ("--set", setting)]
-    return [*launcher, "nanomoe.cli", "pretrain", "--home", str(home), "--device", "cpu", *settings, *more]
+    return ["pretrain", "--home", str(home), "--device", "cpu", *settings, *more]
 
 
-def environment(): return {**os.environ, "OMP_NUM_THREADS": "1"}
+needs_forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="commands are forked")     # Windows has no SIGINT for another process either, and no gloo under torchrun
+
+
+def finished(*words):
+    done = nanomoe(*words)
+    assert done.status == 0, done.err
+    return done
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(prepared, tmp_path_factory):
     home = tmp_path_factory.mktemp("whole") / "home"
     shutil.copytree(prepared, home)
-    subprocess.run(command(home), check=True, env=environment(), capture_output=True)
+    finished(*command(home))
     return home
 
 
+@needs_forks
 @pytest.mark.parametrize("after", [3, 17, 31])
 def test_kill_and_resume_gives_the_same_losses(home, uninterrupted, after):
-    process = subprocess.Popen(command(home, "--set", "save_minutes=0"), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start(*command(home, "--set", "save_minutes=0"))
     log = home / "artifacts" / "pretraining" / "train_log.jsonl"
-    while process.poll() is None and len(read_log(log)) < after: time.sleep(0.005)
+    while len(read_log(log)) < after: time.sleep(0.005)
     process.kill()
-    process.wait()
-    subprocess.run(command(home), check=True, env=environment(), capture_output=True)
+    assert process.wait().status == -signal.SIGKILL
+    finished(*command(home))
     assert losses(home) == losses(uninterrupted)
     assert same(weights(home), weights(uninterrupted)) and same(weights(home, "ckpt_best.pt"), weights(uninterrupted, "ckpt_best.pt"))
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
+@needs_forks
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_saves_and_says_how_to_go_on(home, sent):
-    long = command(home, "--set", "tokens=100_000_000", "--set", "evals=1")
-    process = subprocess.Popen(long, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = start(*command(home, "--set", "tokens=100_000_000", "--set", "evals=1"))
     log = home / "artifacts" / "pretraining" / "train_log.jsonl"
     while len(read_log(log)) < 3: time.sleep(0.005)
-    process.send_signal(sent)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "the same command goes on from there" in error and "Traceback" not in error
+    process.kill(sent)
+    status, _, error = process.wait()
+    assert status == 130 and "the same command goes on from there" in error and "Traceback" not in error
     saved = load_checkpoint(home / "artifacts" / "pretraining" / "ckpt_last.pt")
     assert saved["step"] == len(read_log(log)) >= 3
-
-
-# torchrun on this machine alone: it finds a port by itself, and host names, which may resolve to anything, play no part
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1")
-LOOPBACK = {"linux": {"GLOO_SOCKET_IFNAME": "lo"}, "darwin": {"GLOO_SOCKET_IFNAME": "lo0"}}.get(sys.platform, {})
 
 
 def test_a_stop_in_the_last_evaluation_is_heard(home):
@@ -113,17 +116,36 @@ def test_a_stop_in_the_last_evaluation_is_heard(home):
     assert pretrain(home, TINY)["step"] == 40       # all of it was saved
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo under torchrun is for Linux and macOS")
-@pytest.mark.parametrize("processes, optimizer", [(2, "muon"), (3, "adamw")])     # three processes share eight rows as 3 + 3 + 2
-def test_processes_share_a_batch(prepared, home, tmp_path, processes, optimizer):
+# torchrun on this machine alone: it finds a port by itself, and host names, which may resolve to anything, play no part
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1")
+LOOPBACK = {"linux": {"GLOO_SOCKET_IFNAME": "lo"}, "darwin": {"GLOO_SOCKET_IFNAME": "lo0"}}.get(sys.platform, {})
+
+
+def under_torchrun(*words):
+    done = subprocess.run([*TORCHRUN, "--nproc-per-node=2", "-m", "nanomoe.cli", *words], env={**os.environ, **LOOPBACK}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def three_at_once(*words):
+    "What torchrun does, without the time that the imports of three processes take. They share eight rows as 3 + 3 + 2."
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **LOOPBACK}
+    for process in [start(*words, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(3)]:
+        status, _, error = process.wait()
+        assert status == 0, error
+
+
+@needs_forks
+@pytest.mark.parametrize("optimizer, several", [("muon", under_torchrun), ("adamw", three_at_once)])
+def test_processes_share_a_batch(prepared, home, tmp_path, optimizer, several):
     # gentle rates: rounding differs between the two, and a router at an edge would turn that into another choice
     gentle = ["--set", f"optimizer={optimizer}", "--set", "lr=1e-3", "--set", "muon_lr=1e-3", "--set", "tokens=10240", "--set", "grad_accum=2"]
     alone = tmp_path / "alone"
     shutil.copytree(prepared, alone)
-    subprocess.run(command(alone, *gentle), check=True, env=environment(), capture_output=True)
-    done = subprocess.run(command(home, *gentle, launcher=(*TORCHRUN, f"--nproc-per-node={processes}", "-m")), env={**environment(), **LOOPBACK},
-                          capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    finished(*command(alone, *gentle))
+    several(*command(home, *gentle))
     assert len(losses(home)) == 10
     for (_, ours, _), (_, theirs, _) in zip(losses(home), losses(alone), strict=True): assert abs(ours - theirs) < 1e-5
     assert tokens(home) == tokens(alone) == [1024 * step for step in range(1, 11)]
@@ -239,6 +261,7 @@ def test_a_checkpoint_is_never_newer_than_its_logs(home, monkeypatch):
     assert checked == [True] * 40
 
 
+@needs_forks
 def test_logs_are_whole_and_say_what_they_should(uninterrupted):
     folder = uninterrupted / "artifacts" / "pretraining"
     rows = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]

@@ -51,7 +51,7 @@ def test_a_handful_of_stories_from_a_real_llm(tmp_path, monkeypatch):
 
 
 @needs_model
-def test_instructions_answered_by_a_real_llm_on_the_command_line(tmp_path, capsys):
+def test_instructions_answered_by_a_real_llm_on_the_command_line(tmp_path, record_property):
     "Seeds, a real server, the filter: most answers of so small a model break a rule, and all of them are counted."
     def nanomoe(*arguments, **environment):
         return subprocess.run([sys.executable, "-m", "nanomoe.cli", *arguments, "--home", str(tmp_path)], capture_output=True, text=True, timeout=600,
@@ -65,7 +65,7 @@ def test_instructions_answered_by_a_real_llm_on_the_command_line(tmp_path, capsy
     broken = Counter(rule for row in read_jsonl(folder / "rejects.jsonl")[0].values() for rule in row["broken"])
     accepted = sum(len(read_jsonl(path)[0]) for path in folder.glob("sft_train.jsonl")) + sum(len(read_jsonl(path)[0]) for path in folder.glob("sft_val.jsonl"))
     rates = {name: f"{n} ({n / len(answers):.0%})" for name, n in {"accepted": accepted, **broken}.items()}
-    with capsys.disabled(): print(f"\nanswers of {MODEL.stem}: {len(answers)}, " + ", ".join(f"{name} {rate}" for name, rate in rates.items()) + f"; {(run.stdout + run.stderr).strip()}")
+    record_property(f"answers of {MODEL.stem}", f"{len(answers)}, " + ", ".join(f"{name} {rate}" for name, rate in rates.items()) + f"; {(run.stdout + run.stderr).strip()}")
     assert run.returncode == 0 or "kept the rules" in run.stderr      # with three answers there may be none to train on
     assert accepted or broken
 
