@@ -3,7 +3,6 @@ import ast
 import json
 import re
 import runpy
-import shutil
 import subprocess
 import sys
 from configparser import ConfigParser
@@ -125,23 +124,6 @@ def test_the_site_lists_the_lessons_in_order():
     assert config["execute"] == {"enabled": False}
     listed = re.findall(r"href: (\d\d\w*_\w+\.ipynb)\n\s+text: \d", (ROOT / "_quarto.yml").read_text(encoding="utf-8"))
     assert listed == [p.name for p in LESSONS]
-
-
-def test_the_pages_of_the_site_can_be_made(tmp_path):
-    "What nbdev_docs does before it calls Quarto, with nbdev's functions, which do not try to install it."
-    for name in ("nbs", "nanomoe"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("_quarto.yml", "__pycache__", ".ipynb_checkpoints"))
-    for name in ("settings.ini", "_quarto.yml"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    shutil.copy(ROOT / "_quarto.yml", tmp_path / "nbs")  # a link in the repository, where the system has links
-    code = ("from nbdev.quarto import refresh_quarto_yml; from nbdev.serve import proc_nbs\n"
-            "refresh_quarto_yml(); proc_nbs(n_workers=0)")
-    made = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
-    assert made.returncode == 0, made.stderr[-3000:]
-    for lesson in LESSONS:
-        page = cells(tmp_path / "_proc" / lesson.name)
-        assert source(page[0]).startswith("---\n") and "title: " in source(page[0])
-        assert any("show_doc(" in source(c) for c in page), f"{lesson.name} documents nothing"
 
 
 def test_the_readme_is_the_home_page():

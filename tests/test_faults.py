@@ -1,5 +1,4 @@
 """Every row of the table in nbs/troubleshooting.qmd: nothing is lost, one clear sentence, the right exit status."""
-import json
 import os
 import re
 import shutil
@@ -7,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest

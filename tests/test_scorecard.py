@@ -12,14 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanomoe import scorecard as module
-from nanomoe.checkpoint import load_model, save_checkpoint
+from nanomoe.checkpoint import save_checkpoint
 from nanomoe.config import ModelConfig
 from nanomoe.data import load_shards, write_shards
 from nanomoe.files import UserError, sha256_of
 from nanomoe.generate import generate
 from nanomoe.model import NanoMoE
 from nanomoe.scorecard import SLICES, STAGES, interval, judge_model, judge_story, scorecard
-from nanomoe.sft import prompt_ids
 from nanomoe.stories import storybook
 from nanomoe.synth import Seed, seed_row, write_rows
 from nanomoe.tokenizer import EOS, save_tokenizer, train_tokenizer

@@ -19,7 +19,7 @@ from nanomoe.files import UserError
 from nanomoe.model import IGNORE, NanoMoE
 from nanomoe.sft import Examples, drilled_loss, encode_drill, encode_example, make_drills, pad_rows, plain_stories, prompt_ids, score_answers, side_by_side, train_sft
 from nanomoe.stories import storybook
-from nanomoe.synth import HELD_OUT_PROTAGONISTS, Seed, contains, is_held_out, read_rows, seed_row, write_rows
+from nanomoe.synth import Seed, contains, read_rows, seed_row, write_rows
 from nanomoe.tokenizer import BOS, EOS, PAD, save_tokenizer, train_tokenizer
 from nanomoe.train import read_log
 

@@ -1,10 +1,7 @@
 """The checkpoints that a clone brings: small enough, whole, and at work where a home has none."""
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +15,10 @@ from nanomoe.export import export_checkpoints, export_hf
 from nanomoe.files import SHIPPED, STAGES, UserError, find_checkpoints, home_or_shipped
 from nanomoe.tokenizer import BOS, EOS, load_tokenizer
 from nanomoe.train import evaluate
+from test_cli import nanomoe
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(not SHIPPED.is_dir(), reason="this clone brings no checkpoints")
-
-
-def nanomoe(*words):
-    return subprocess.run([sys.executable, "-m", "nanomoe.cli", *map(str, words)], capture_output=True, text=True, encoding="utf-8", env={**os.environ, "PYTHONUTF8": "1"})
 
 
 def test_all_three_are_there_in_the_full_shape():

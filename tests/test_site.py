@@ -66,6 +66,13 @@ def text_of(path):
     return "\n\n".join(parts)
 
 
+def test_every_lesson_shows_its_api(site):
+    for lesson in (path for path in PAGES if re.match(r"\d\d", path.name)):
+        page = ["".join(cell["source"]) for cell in cells(site / lesson)]
+        assert page[0].startswith("---\n") and "title: " in page[0]
+        assert any("show_doc(" in cell for cell in page) or "solutions" in lesson.parts, f"{lesson} documents nothing"
+
+
 def spans(text):
     "All pieces of the Markdown, inner ones too."
     for token in MarkdownIt("commonmark").enable("table").parse(text):
