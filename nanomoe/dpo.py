@@ -278,7 +278,7 @@ def plot_preferences(folder: str | Path, # holds train_log.jsonl and val_log.jso
     draw(loss, "dpo", PALETTE[0], "loss")
     for axes, level, name in ((loss, math.log(2), "ln 2"), (rewards, 0, ""), (accuracy, 0.5, "by chance")):
         axes.axhline(level, color=PALETTE[-1], lw=0.8, ls=":")
-        axes.annotate(name, (train["step"][-1], level), ha="right", va="bottom", fontsize=8)
+        axes.annotate(name, (1.01, level), xycoords=("axes fraction", "data"), va="center", fontsize=8)
     for name, colour in (("chosen", PALETTE[2]), ("rejected", PALETTE[5])): draw(rewards, f"{name}_reward", colour, name)
     draw(accuracy, "accuracy", PALETTE[0], "training batch", "held-out pairs")
     style_axes(loss, "DPO loss", xlabel="step")

@@ -482,7 +482,7 @@ def gguf_facts(model: NanoMoE, tok: Tokenizer) -> dict: # what the file says bef
              "expert_count": cfg.num_experts, "expert_used_count": cfg.top_k}
     if family_of(model) == "granitemoeshared": facts |= {"attention.scale": cfg.head_dim ** -0.5, "embedding_scale": 1.0, "residual_scale": 1.0, "logit_scale": 1.0}
     else: facts |= {"leading_dense_block_count": 0, "interleave_moe_layer_step": 1}
-    words = {"model": "gpt2", "pre": "gpt-2", "tokens": [tok.id_to_token(i) for i in ids], "token_type": [3 if i < len(SPECIALS) else 1 for i in ids],
+    words = {"model": "gpt2", "pre": "gpt-2", "tokens": [tok.id_to_token(i) for i in ids], "token_type": [3 if i < len(SPECIALS) else 1 for i in ids],     # 3 is a special token, 1 any other
              "merges": [" ".join(merge) for merge in json.loads(tok.to_str())["model"]["merges"]], "add_bos_token": True, "add_space_prefix": False,
              "unknown_token_id": UNK, "padding_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
     return {"general.name": "Nano-MoE", **{f"{{arch}}.{name}": fact for name, fact in facts.items()}, **{f"tokenizer.ggml.{name}": fact for name, fact in words.items()}}

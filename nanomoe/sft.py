@@ -119,7 +119,7 @@ class DrilledLoss(NamedTuple):
 
 def drilled_loss(model: NanoMoE, drill_tokens: Tensor, drill_labels: Tensor, # (D, T') each
                  tokens: Tensor, labels: Tensor): # (B, T) each
-    "The mean over the tokens of the stories plus the mean over those of the drills: some forty tokens count as much as two thousand."
+    "The mean over the tokens of the stories plus the mean over those of the drills: a few dozen tokens count as much as thousands."
     (total, ce, balance, z), load, entropy = model.loss_and_routing(tokens, labels)
     (more, drill, *_), drill_load, _ = model.loss_and_routing(drill_tokens, drill_labels)
     return DrilledLoss(total + more, ce, drill, balance, z), load + drill_load, entropy

@@ -183,8 +183,10 @@ def explore_text(model: NanoMoE, tok: Tokenizer, text: str = "Once upon a time")
         weights.value = figure_png(weights_figure(trace, token.value, pieces[token.value]))
 
     def write_on(_):
+        more.disabled, more.description = True, "writing ..."
         try: box.value = tell_story(model, tok, box.value, max_new_tokens=40, temperature=0.7, top_p=0.95)
         except UserError as error: refuse(error)
+        finally: more.disabled, more.description = False, "Write on"
 
     box.observe(read, "value"), more.on_click(write_on)
     for slider in (layer, token): slider.observe(show, "value")
@@ -261,6 +263,7 @@ def explore_off(model: NanoMoE, tok: Tokenizer,
     result, whole = w.HTML(), score(model)
     def look(): return score(model), tell_story(model, tok, prompt, max_new_tokens=60, temperature=0.7, top_p=0.95, seed=0)
     def show(_=None):
+        result.value = "measuring ..."
         try:
             if off.value is None: bpb, story = look()
             else:
