@@ -13,6 +13,7 @@ import pytest
 from nanomoe import llm
 from nanomoe.files import UserError
 from nanomoe.llm import Request, expected_cost, local_llm, read_answers, read_jsonl, serve_llm, write_with_llm
+from nanomoe.synth import RULES, broken_rules, load_prompt_seeds
 
 try:
     MODEL, missing = llm._find_gguf(), ""
@@ -62,12 +63,15 @@ def test_instructions_answered_by_a_real_llm_on_the_command_line(tmp_path, recor
         run = nanomoe("make-sft-data", *few, "--writer", "openai", "--limit", "3", "--attempts", "1", "--timeout", "300", OPENAI_BASE_URL=url)
     answers, folder = read_answers(tmp_path / "data" / "synthetic" / "sft_answers.jsonl"), tmp_path / "data" / "synthetic"
     assert len(answers) == 3 and not answers.problems
-    broken = Counter(rule for row in read_jsonl(folder / "rejects.jsonl")[0].values() for rule in row["broken"])
+    rejected = Counter(rule for row in read_jsonl(folder / "rejects.jsonl")[0].values() for rule in row["broken"])
     accepted = sum(len(read_jsonl(path)[0]) for path in folder.glob("sft_train.jsonl")) + sum(len(read_jsonl(path)[0]) for path in folder.glob("sft_val.jsonl"))
-    rates = {name: f"{n} ({n / len(answers):.0%})" for name, n in {"accepted": accepted, **broken}.items()}
-    record_property(f"answers of {MODEL.stem}", f"{len(answers)}, " + ", ".join(f"{name} {rate}" for name, rate in rates.items()) + f"; {(run.stdout + run.stderr).strip()}")
+    seeds = {seed.id: seed for seed in load_prompt_seeds(tmp_path)}
+    broken = Counter(rule for row in answers.values() for rule in broken_rules(row["text"], seeds[row["id"]]))      # also by what was cut short
+    rates = {rule: f"{1 - broken[rule] / len(answers):.0%}" for rule in RULES}
+    record_property(f"answers of {MODEL.stem}", f"{len(answers)}, of which accepted {accepted}, rejected for {dict(rejected)}; acceptance by rule: "
+                    + ", ".join(f"{rule} {rate}" for rule, rate in rates.items()))
     assert run.returncode == 0 or "kept the rules" in run.stderr      # with three answers there may be none to train on
-    assert accepted or broken
+    assert accepted or rejected
 
 
 @needs_model
