@@ -4,8 +4,7 @@ import math
 import os
 import re
 import shutil
-import subprocess
-import sys
+import signal
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forks import start
 from nanomoe import dpo
 from nanomoe.checkpoint import load_checkpoint, load_model, save_checkpoint
 from nanomoe.config import DPOConfig, ModelConfig, Preset, SFTConfig, TrainConfig
@@ -471,30 +471,32 @@ def test_training_computes_the_reference_once_and_again_for_other_data_or_anothe
     assert read_log(home / "artifacts" / "dpo" / "train_log.jsonl")[0]["dpo"] == pytest.approx(LN2, abs=2e-6)
 
 
-SCRIPT = f"""
-import sys
+def started(home, save_minutes=5):
+    "The training, in a process that can be killed."
+    return start(accident=f"""
 from dataclasses import replace
 from nanomoe.config import *
 from nanomoe.dpo import train_dpo
-train_dpo(sys.argv[1], Preset({MODEL!r}, TrainConfig(), SFTConfig(), replace({TINY.dpo!r}, save_minutes=float(sys.argv[2]))))
-"""
+train_dpo({str(home)!r}, Preset({MODEL!r}, TrainConfig(), SFTConfig(), replace({TINY.dpo!r}, save_minutes={save_minutes})))
+raise SystemExit
+""")
 
 
-def trained(home, save_minutes="5"):
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(home), save_minutes], env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+def trained(home): assert started(home).wait().status == 0
 
 
 def log_of(home): return [(row["step"], row["loss"], row["grad_norm"]) for row in read_log(home / "artifacts" / "dpo" / "train_log.jsonl")]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="commands are forked")
 def test_kill_and_resume_gives_the_same_losses(home, tmp_path):
     shutil.copytree(home, tmp_path / "whole")
-    assert trained(tmp_path / "whole").wait() == 0
-    process = trained(home, "0")
-    while process.poll() is None and len(log_of(home)) < 9: time.sleep(0.005)
+    trained(tmp_path / "whole")
+    process = started(home, save_minutes=0)
+    while len(log_of(home)) < 9: time.sleep(0.005)
     process.kill()
-    process.wait()
-    assert trained(home).wait() == 0
+    assert process.wait().status == -signal.SIGKILL
+    trained(home)
     assert log_of(home) == log_of(tmp_path / "whole") and len(log_of(home)) == 24
     assert same(weights(home), weights(tmp_path / "whole")) and same(weights(home, "ckpt_best.pt"), weights(tmp_path / "whole", "ckpt_best.pt"))
 

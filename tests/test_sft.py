@@ -1,8 +1,7 @@
 """Instruction tuning: what is learned and what is not, batches, early stopping, and runs that are killed."""
 import os
 import shutil
-import subprocess
-import sys
+import signal
 import time
 from collections import Counter
 from dataclasses import replace
@@ -12,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forks import start
 from nanomoe.checkpoint import load_checkpoint, load_model, save_checkpoint
 from nanomoe.config import ModelConfig, Preset, SFTConfig, TrainConfig
 from nanomoe.data import load_shards, write_shards
@@ -329,17 +329,18 @@ def test_it_ends_early_when_held_out_answers_get_less_likely(home):
     assert read_log(home / "artifacts" / "sft" / "val_log.jsonl")[-1]["step"] == 40
 
 
-SCRIPT = f"""
-import sys
+def started(home, save_minutes=5):
+    "The training, in a process that can be killed."
+    return start(accident=f"""
 from dataclasses import replace
 from nanomoe.config import *
 from nanomoe.sft import train_sft
-train_sft(sys.argv[1], Preset({MODEL!r}, TrainConfig(), replace({CHOSEN.sft!r}, save_minutes=float(sys.argv[2]))))
-"""
+train_sft({str(home)!r}, Preset({MODEL!r}, TrainConfig(), replace({CHOSEN.sft!r}, save_minutes={save_minutes})))
+raise SystemExit
+""")
 
 
-def trained(home, save_minutes="5"):
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(home), save_minutes], env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+def trained(home): assert started(home).wait().status == 0
 
 
 def log_of(home): return [(row["step"], row["loss"], row["grad_norm"]) for row in read_log(home / "artifacts" / "sft" / "train_log.jsonl")]
@@ -349,17 +350,18 @@ def log_of(home): return [(row["step"], row["loss"], row["grad_norm"]) for row i
 def uninterrupted(prepared, tmp_path_factory):
     home = tmp_path_factory.mktemp("whole") / "home"
     shutil.copytree(prepared, home)
-    assert trained(home).wait() == 0
+    trained(home)
     return home
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="commands are forked")
 @pytest.mark.parametrize("after", [3, 21])
 def test_kill_and_resume_gives_the_same_losses(home, uninterrupted, after):
-    process = trained(home, "0")
-    while process.poll() is None and len(log_of(home)) < after: time.sleep(0.005)
+    process = started(home, save_minutes=0)
+    while len(log_of(home)) < after: time.sleep(0.005)
     process.kill()
-    process.wait()
-    assert trained(home).wait() == 0
+    assert process.wait().status == -signal.SIGKILL
+    trained(home)
     assert log_of(home) == log_of(uninterrupted) and len(log_of(home)) == 40
     assert same(weights(home), weights(uninterrupted)) and same(weights(home, "ckpt_best.pt"), weights(uninterrupted, "ckpt_best.pt"))
 
