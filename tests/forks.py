@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -114,6 +115,14 @@ def start(*words, accident="", input="", env={}, folder=".", number=[0]) -> Runn
 
 
 def nanomoe(*words, **more) -> Done: return start(*words, **more).wait()
+
+
+def until(seen):
+    "Wait for what a command is doing, and fail if it never does it, for instance because it has ended."
+    end = time.monotonic() + 300
+    while not seen():
+        assert time.monotonic() < end, "it never came to that"
+        time.sleep(0.005)
 
 
 @lru_cache

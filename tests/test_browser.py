@@ -417,4 +417,6 @@ def test_lesson_08_colours_the_tokens_layer_by_layer(open_page, lab):
     before = result.inner_text()
     off.get_by_role("button", name="without 1", exact=True).click()
     assert changed(page, result, "e.innerText", before)
+    result.get_by_text("bits per byte").wait_for()      # "measuring ..." comes first
+    assert result.inner_text() != before
     picture(page, "lab-08-off")

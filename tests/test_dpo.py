@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -16,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forks import start
+from forks import start, until
 from nanomoe import dpo
 from nanomoe.checkpoint import load_checkpoint, load_model, save_checkpoint
 from nanomoe.config import DPOConfig, ModelConfig, Preset, SFTConfig, TrainConfig
@@ -493,7 +492,7 @@ def test_kill_and_resume_gives_the_same_losses(home, tmp_path):
     shutil.copytree(home, tmp_path / "whole")
     trained(tmp_path / "whole")
     process = started(home, save_minutes=0)
-    while len(log_of(home)) < 9: time.sleep(0.005)
+    until(lambda: len(log_of(home)) >= 9)
     process.kill()
     assert process.wait().status == -signal.SIGKILL
     trained(home)

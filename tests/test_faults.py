@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from forks import KEY, ROOT, TINY, nanomoe, start
+from forks import KEY, ROOT, TINY, nanomoe, start, until
 from nanomoe.checkpoint import load_checkpoint
 from nanomoe.train import read_log
 
@@ -228,7 +228,7 @@ def test_other_settings(home, finished, says):
 
 def test_two_runs_in_one_home(home, finished, says):
     first = start("run", "--home", home, *TINY, accident="before('config.json', lambda: time.sleep(60))")
-    while not (home / ".lock.json").is_file() or not (home / ".lock.json").read_bytes(): time.sleep(0.02)
+    until(lambda: (home / ".lock.json").is_file() and (home / ".lock.json").read_bytes())
     for command, env in (("run", {}), ("pretrain", {}), ("pretrain", {"RANK": "1"})):      # the last: not one of torchrun's, which also tells how many there are
         second = nanomoe(command, "--home", home, *TINY, "--fresh", env=env)
         assert f"process {first.pid} " in second.err and str(time.localtime().tm_year) in second.err

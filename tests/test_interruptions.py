@@ -7,13 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
 import torch
 
-from forks import nanomoe, start
+from forks import nanomoe, start, until
 from nanomoe import train
 from nanomoe.checkpoint import load_checkpoint, load_model
 from nanomoe.config import ModelConfig, Preset, TrainConfig
@@ -87,7 +86,7 @@ def uninterrupted(prepared, tmp_path_factory):
 def test_kill_and_resume_gives_the_same_losses(home, uninterrupted, after):
     process = start(*command(home, "--set", "save_minutes=0"))
     log = home / "artifacts" / "pretraining" / "train_log.jsonl"
-    while len(read_log(log)) < after: time.sleep(0.005)
+    until(lambda: len(read_log(log)) >= after)
     process.kill()
     assert process.wait().status == -signal.SIGKILL
     finished(*command(home))
@@ -100,7 +99,7 @@ def test_kill_and_resume_gives_the_same_losses(home, uninterrupted, after):
 def test_a_stop_saves_and_says_how_to_go_on(home, sent):
     process = start(*command(home, "--set", "tokens=100_000_000", "--set", "evals=1"))
     log = home / "artifacts" / "pretraining" / "train_log.jsonl"
-    while len(read_log(log)) < 3: time.sleep(0.005)
+    until(lambda: len(read_log(log)) >= 3)
     process.kill(sent)
     status, _, error = process.wait()
     assert status == 130 and "the same command goes on from there" in error and "Traceback" not in error

@@ -2,7 +2,6 @@
 import os
 import shutil
 import signal
-import time
 from collections import Counter
 from dataclasses import replace
 
@@ -11,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forks import start
+from forks import start, until
 from nanomoe.checkpoint import load_checkpoint, load_model, save_checkpoint
 from nanomoe.config import ModelConfig, Preset, SFTConfig, TrainConfig
 from nanomoe.data import load_shards, write_shards
@@ -358,7 +357,7 @@ def uninterrupted(prepared, tmp_path_factory):
 @pytest.mark.parametrize("after", [3, 21])
 def test_kill_and_resume_gives_the_same_losses(home, uninterrupted, after):
     process = started(home, save_minutes=0)
-    while len(log_of(home)) < after: time.sleep(0.005)
+    until(lambda: len(log_of(home)) >= after)
     process.kill()
     assert process.wait().status == -signal.SIGKILL
     trained(home)

@@ -324,8 +324,11 @@ def test_a_text_under_your_hands():
     token.value = token.max
     box.value = "a"                                 # shorter: the token slider follows
     assert token.max == len(TOK.encode("a").ids) and token.value <= token.max and usage.value != before[2]
+    meanwhile = []
+    box.observe(lambda _: meanwhile.append((more.disabled, more.description)), "value")
     more.click()
     assert box.value.startswith("a") and len(Page(words.value).tokens) > 2
+    assert meanwhile == [(True, "writing ...")] and (more.disabled, more.description) == (False, "Write on")
     box.value = "<script>" * 3
     assert "<script" not in words.value
     box.value = ""
@@ -377,7 +380,10 @@ def test_an_expert_off_under_your_hands():
     def score(model): return trace_routing(model, torch.arange(20)).usage[1, 0].item()
     layer, off, result = viz.explore_off(MODEL, TOK, score, "<i>the cat").children
     assert "(+0.0000)" in result.value and "<i>" not in result.value
+    meanwhile = []
+    result.observe(lambda change: meanwhile.append(change["new"]), "value")
     layer.value, off.value = 1, 0
+    assert meanwhile[::2] == ["measuring ..."] * 2 and "measuring" not in result.value      # the layer, then the expert
     assert result.value.startswith('<div style="max-width:46em"><b>0.0000 ')
     off.value = None
     assert "(+0.0000)" in result.value and MODEL.blocks[1].moe.bias is None
