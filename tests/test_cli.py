@@ -71,6 +71,8 @@ def test_a_run_leaves_what_it_should(home):
     for name in (*names, *(f"artifacts/{stage}/{n}" for stage in ("pretraining", "sft", "dpo") for n in "ckpt_best.pt ckpt_last.pt train_log.jsonl val_log.jsonl config.json".split())):
         assert (home / name).stat().st_size > 0, name
     assert not list(home.rglob("*.tmp"))
+    ignored = {line.strip("/") for line in (ROOT / ".gitignore").read_text().split()}      # in a clone, Git does not ask about any of it
+    assert {path.name for path in home.iterdir()} <= ignored
 
 
 def test_a_second_run_does_nothing_again(home):
