@@ -214,7 +214,7 @@ def _run(home, stories, chosen, device, fresh):
     if fresh or not _synthetic_is_right(home, stories, chosen): _make_data(home, stories, chosen)
     else: out.print("Instructions and pairs: there already, and right")
     for stage in ("sft", "dpo"): _tune(stage, home, chosen, device, fresh)
-    _judge(home, device, min(100, chosen.sft.val_examples))     # as `nanomoe scorecard` does by itself; it tells more with more
+    _judge(home, device, min(100, chosen.sft.val_examples), again=False)    # as `nanomoe scorecard` does by itself; it tells more with more
     _tell_some(home, chosen, device)
 
 
@@ -310,11 +310,25 @@ def _tune(stage, home, chosen, device, fresh):
     out.print(f"{stage.upper()}: {what} (best, after step {best['step']:,})")
 
 
-def _judge(home, device, prompts):
+def _scores_there(home, prompts):
+    "The scorecard of an earlier run, if it is about these very checkpoints and as many instructions, or None."
+    from nanomoe.files import sha256_of
+    from nanomoe.scorecard import SLICES, STAGES
+    try:
+        scores = json.loads((home / "reports" / "scorecard.json").read_bytes())
+        theirs = {stage: (score["sha256"], {score[slice][way]["finished"]["n"] for slice in SLICES for way in ("greedy", "sampled")}) for stage, score in scores.items()}
+        ours = {stage: (sha256_of((home / "artifacts" / folder / "ckpt_best.pt").read_bytes()), {prompts // 2}) for stage, folder in STAGES.items()}
+        return scores if theirs == ours else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError): return None
+
+
+def _judge(home, device, prompts, again=True):
     from nanomoe.generate import generate
     from nanomoe.scorecard import SLICES, scorecard
     from nanomoe.viz import scorecard_figure
-    scores = scorecard(generate, home, device, prompts)
+    scores = None if again else _scores_there(home, prompts)
+    if scores: out.print("Scorecard: there already, and of these checkpoints")
+    else: scores = scorecard(generate, home, device, prompts)
     for slice in SLICES:
         for way in ("greedy", "sampled"):
             table = Table("", *scores, title=f"{slice} protagonists, {way}, 95 % intervals", title_justify="left")

@@ -1,6 +1,7 @@
 """The command line: the main job end to end, and every mistake as one sentence with nothing lost."""
 import errno
 import io
+import json
 import os
 import re
 import shutil
@@ -76,10 +77,23 @@ def test_a_run_leaves_what_it_should(home):
 
 
 def test_a_second_run_does_nothing_again(home):
-    before = (home / "artifacts/pretraining/ckpt_last.pt").stat().st_mtime_ns
+    files = [home / name for name in ("artifacts/pretraining/ckpt_last.pt", "reports/scorecard.json")]
+    before = [path.stat().st_mtime_ns for path in files]
     done = nanomoe("run", "--home", home, *TINY)
-    assert done.returncode == 0 and "there already" in done.stdout
-    assert (home / "artifacts/pretraining/ckpt_last.pt").stat().st_mtime_ns == before
+    assert done.returncode == 0 and done.stdout.count("there already") == 3 and "unseen protagonists, sampled" in done.stdout
+    assert [path.stat().st_mtime_ns for path in files] == before
+
+
+@pytest.mark.parametrize("change", [lambda scores: {}, lambda scores: [scores], lambda scores: {**scores, "dpo": {**scores["dpo"], "sha256": "0" * 64}},
+                                    lambda scores: {name: score for name, score in scores.items() if name != "dpo"}])
+def test_a_scorecard_of_something_else_is_made_again(home, tmp_path, change):
+    scores = json.loads((home / "reports/scorecard.json").read_text())
+    shutil.copytree(home / "artifacts", tmp_path / "artifacts")
+    (tmp_path / "reports").mkdir()
+    for content, there in ((scores, True), (change(scores), False)):
+        (tmp_path / "reports/scorecard.json").write_text(json.dumps(content))
+        assert cli._scores_there(tmp_path, 4) == (scores if there else None)
+    assert cli._scores_there(tmp_path, 6) is None
 
 
 def test_another_run_in_the_same_home_replaces_nothing(home):
@@ -123,7 +137,7 @@ def test_a_home_inside_its_stories(tmp_path, monkeypatch, capsys):
     for name, first in (("my-train.txt", 0), ("my-val.txt", 400)):
         (tmp_path / name).write_text("\n<|endoftext|>\n".join(story.text for story in storybook(n=400, start=first)))
     monkeypatch.chdir(tmp_path)
-    for name in ("_judge", "_tell_some"): monkeypatch.setattr(cli, name, lambda *_: None)       # they take the longest
+    for name in ("_judge", "_tell_some"): monkeypatch.setattr(cli, name, lambda *_, **__: None)       # they take the longest
     settings = [*TINY[5::2], "max_seq_len=600", "sft.val_examples=20"]      # heroes enough to stand in for each other
     def run(): return cli.run(preset="smoke", stories=".", home=Path("."), device="cpu", set=settings) or capsys.readouterr().out
     assert "Shard train" in run()

@@ -4,6 +4,7 @@ The pages are made once, as in `nbdev_docs` before it calls Quarto; then links, 
 followed in what they hold. What the plain pages say is compared with the code that it is about.
 """
 import ast
+import importlib.util
 import io
 import json
 import os
@@ -39,18 +40,43 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.as_posix())
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    "The folder of the pages that Quarto would turn into HTML."
-    folder = tmp_path_factory.mktemp("site")
-    for name in ("nbs", "nanomoe"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("_quarto.yml", "__pycache__", ".ipynb_checkpoints"))
+def clone(tmp_path_factory):
+    "What the site needs of the repository."
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("nbs", "nanomoe"): shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "_quarto.yml"))
     for target in (folder, folder / "nbs"): shutil.copy(ROOT / "_quarto.yml", target)
     shutil.copy(ROOT / "settings.ini", folder)
-    code = ("from nbdev.quarto import refresh_quarto_yml; from nbdev.serve import proc_nbs\n"
-            "refresh_quarto_yml(); proc_nbs(n_workers=0)")
-    made = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=folder, capture_output=True, text=True, encoding="utf-8")
-    assert made.returncode == 0, made.stderr[-3000:]
-    return folder / "_proc"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def preview(clone):
+    "The process and the port of `nanomoe docs-preview`, which makes all pages and serves them."
+    with socket.create_server(("127.0.0.1", 0)) as probe: port = probe.getsockname()[1]
+    # it ends with this process, too: its standard input closes then
+    leash = "import os, sys, threading; threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start(); "
+    start = f"sys.argv[1:] = ['docs-preview', '--no-open', '--port', '{port}']; from nanomoe.cli import main; main()"
+    with open(clone / "log", "w") as log, subprocess.Popen([sys.executable, "-W", "ignore", "-c", leash + start], cwd=clone, stdin=subprocess.PIPE, stdout=log, stderr=log) as server:
+        try:
+            deadline = time.monotonic() + 240
+            while f"serving {clone}" not in (clone / "log").read_text():
+                assert server.poll() is None and time.monotonic() < deadline, (clone / "log").read_text()[-2000:]
+                time.sleep(0.3)
+            yield server, port
+        finally:
+            server.terminate()
+            server.wait(60)      # before its standard input closes
+
+
+@pytest.fixture(scope="module")
+def site(request, clone):
+    "The folder of the pages that Quarto would turn into HTML."
+    if importlib.util.find_spec("smalldocs"): request.getfixturevalue("preview")
+    else:
+        code = "from nbdev.quarto import refresh_quarto_yml; from nbdev.serve import proc_nbs\nrefresh_quarto_yml(); proc_nbs(n_workers=0)"
+        made = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=clone, capture_output=True, text=True, encoding="utf-8")
+        assert made.returncode == 0, made.stderr[-3000:]
+    return clone / "_proc"
 
 
 def cells(path): return json.loads(path.read_text(encoding="utf-8"))["cells"]
@@ -363,31 +389,13 @@ def test_all_text_of_the_picture_stands_in_a_box():
 
 # The preview, without Quarto
 
-@pytest.fixture
-def clone(tmp_path): # what the preview needs of the repository
-    for name in ("nbs", "nanomoe"): shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "_quarto.yml"))
-    for target in (tmp_path, tmp_path / "nbs"): shutil.copy(ROOT / "_quarto.yml", target)
-    shutil.copy(ROOT / "settings.ini", tmp_path)
-    return tmp_path
-
-
-def test_the_preview_serves_the_course_and_stops(clone):
-    pytest.importorskip("smalldocs", reason="the preview needs smalldocs, which needs Python 3.11")
-    with socket.create_server(("127.0.0.1", 0)) as probe: port = probe.getsockname()[1]
-    # it ends with this process, too: its standard input closes then
-    leash = "import os, sys, threading; threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start(); "
-    start = f"sys.argv[1:] = ['docs-preview', '--no-open', '--port', '{port}']; from nanomoe.cli import main; main()"
-    with open(clone / "log", "w") as log, subprocess.Popen([sys.executable, "-W", "ignore", "-c", leash + start], cwd=clone, stdin=subprocess.PIPE, stdout=log, stderr=log) as server:
-        try:
-            deadline = time.monotonic() + 240
-            while f"serving {clone}" not in (clone / "log").read_text():
-                assert server.poll() is None and time.monotonic() < deadline, (clone / "log").read_text()[-2000:]
-                time.sleep(0.3)
-            def page(name): return urllib.request.urlopen(f"http://127.0.0.1:{port}/{name}", timeout=60).read().decode()
-            for name, words in (("index.html", "You will build a language model"), ("03_moe.html", "A mixture of experts")): assert words in page(name)
-        finally:
-            server.terminate()
-            server.wait(60)      # before its standard input closes
+@pytest.mark.skipif(not importlib.util.find_spec("smalldocs"), reason="the preview needs smalldocs, which needs Python 3.11")
+def test_the_preview_serves_the_course_and_stops(preview):
+    server, port = preview
+    def page(name): return urllib.request.urlopen(f"http://127.0.0.1:{port}/{name}", timeout=60).read().decode()
+    for name, words in (("index.html", "You will build a language model"), ("03_moe.html", "A mixture of experts")): assert words in page(name)
+    server.terminate()
+    server.wait(60)
     if sys.platform != "win32": assert server.returncode == 130     # as every command that is asked to stop
 
 
