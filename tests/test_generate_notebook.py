@@ -42,7 +42,7 @@ def test_the_button_measures_and_can_be_pressed_again(lesson, monkeypatch):
         button.click()
         assert (button.disabled, button.description) == (False, "measure again") and len(seen) == press
     busy, counts, *both = seen[0]
-    assert busy and all(speeds.shape == (len(counts), 4) and speeds.min() > 0 for speeds in both)
+    assert busy and all(speeds.shape == (len(counts), 2) and speeds.min() > 0 for speeds in both)
 
 
 def test_the_calculator_knows_its_kinds(lesson):
