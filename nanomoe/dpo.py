@@ -137,7 +137,7 @@ class DPOBreakdown(NamedTuple):
     chosen_reward: Tensor
     rejected_reward: Tensor
     margin: Tensor
-    kl: Tensor              # nats per answer: how far the model is from the reference, estimated by half the mean squared log-ratio (Schulman's k2)
+    kl: Tensor              # nats per answer: how far the model is from the reference: half the mean squared log-ratio, as in Schulman's k2, but over the data's answers
     accuracy: Tensor        # share of the pairs with a margin above 0: better than the reference told them apart
     chosen_logp: Tensor     # nats per token of the chosen answers, as a log-probability
     load_balance: Tensor
@@ -258,7 +258,7 @@ def score_pairs(model: NanoMoE, pairs: list[Pair], cfg: DPOConfig) -> dict:
         raise UserError(f"The chosen answers have become {drop:.2f} nats per token less likely than under the reference: the model is collapsing, so training stopped, and what was saved before stays; raise dpo.rpo_alpha or dpo.beta, or lower dpo.lr and dpo.muon_lr, and start with --fresh.")
     accuracy = {f"accuracy_{split}": right[[pair.split == split for pair in pairs]].float().mean().item() for split in dict.fromkeys(pair.split for pair in pairs)}
     return {"dpo": result.loss.mean().item(), "accuracy": right.float().mean().item(), **accuracy, "margin": (result.chosen - result.rejected).mean().item(),
-            "chosen_reward": result.chosen.mean().item(), "rejected_reward": result.rejected.mean().item(), "chosen_logp": -0.0 + logps[:, 0].sum().item() / tokens}
+            "chosen_reward": result.chosen.mean().item(), "rejected_reward": result.rejected.mean().item(), "chosen_logp": logps[:, 0].sum().item() / tokens}
 
 # %% ../nbs/06_dpo.ipynb #a1682af0
 def plot_preferences(folder: str | Path, # holds train_log.jsonl and val_log.jsonl

@@ -46,7 +46,7 @@ def penalize(logits: Tensor, # (B, V)
              seen: Tensor, # (B, T) tokens so far
              penalty: float, # 1 changes nothing; above 1, tokens that occurred become less likely
             ) -> Tensor: # (B, V)
-    "Divide positive logits of seen tokens by the penalty, multiply negative ones (Keskar et al. 2019)."
+    "Divide positive logits of seen tokens by the penalty (Keskar et al. 2019), and multiply negative ones, as libraries do."
     old = logits.gather(-1, seen)
     return logits.scatter(-1, seen, torch.where(old > 0, old / penalty, old * penalty))
 

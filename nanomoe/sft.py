@@ -135,7 +135,7 @@ def plain_stories(tokens: np.ndarray, # (N,) a split of the shards
     chosen = (stories[i * len(stories) // n] for i in range(n))
     return [(story[:-1].tolist(), story[1:].tolist()) for story in chosen]
 
-def _examples(rows, cfg): return Examples(rows, [len(tokens) for tokens, _ in rows], cfg.batch_size, pad_rows, cfg.seed) if rows else None
+def _examples(rows, cfg): return Examples(rows, [len(tokens) for tokens, _ in rows], cfg.batch_size, pad_rows, cfg.seed)
 
 def _fitting(rows, model): return [row for row in rows if len(row[0]) <= model.cfg.max_seq_len]
 
