@@ -158,7 +158,7 @@ class Preset(NamedTuple):
 _PRESETS = {
     "smoke": Preset(
         ModelConfig(vocab_size=1_024, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=128, max_seq_len=512),
-        TrainConfig(stories=1_000, val_stories=50, tokens=200_000, batch_size=8, seq_len=256, evals=2),
+        TrainConfig(stories=1_000, val_stories=50, tokenizer_stories=1_000, tokens=200_000, batch_size=8, seq_len=256, evals=2),
         SFTConfig(examples=160, val_examples=16, evals=2), DPOConfig(examples=80, evals=2)),
     "laptop": Preset(
         ModelConfig(vocab_size=4_096, d_model=128, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=256), TrainConfig(stories=12_000, val_stories=500, tokens=800_000, evals=2),
