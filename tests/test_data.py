@@ -247,7 +247,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, tok, suffix):
     import pyarrow.parquet as pq
     save_tokenizer(tok, tmp_path / "tokenizer.json")
     stories = [f"The hen {i} sat on the old fox and ran. " * 20 for i in range(3000)]  # 2.5 MB
-    for times in (1, 8):
+    for times in (1, 10):
         path = tmp_path / f"{times}{suffix}"
         if suffix == ".parquet":
             pq.write_table(pa.table({"text": stories * times}), path)  # all in one row group
@@ -265,9 +265,9 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, tok, suffix):
         for corpus in corpora:
             write_shards({s: open_stories(corpus, s) for s in ("train", "val")}, load_tokenizer(tokenizer), folder)
             print(int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024)
-    """, tmp_path / "tokenizer.json", tmp_path / "shards", tmp_path / f"1{suffix}", tmp_path / f"8{suffix}").split())
-    print(f"peak memory {suffix}: {first} MB for 1x, {second} MB for 8x")
-    assert second < 600 and second - first < 20, (first, second)     # a list of the stories would be more than 20 MB
+    """, tmp_path / "tokenizer.json", tmp_path / "shards", tmp_path / f"1{suffix}", tmp_path / f"10{suffix}").split())
+    print(f"peak memory {suffix}: {first} MB for 1x, {second} MB for 10x")
+    assert second < 600 and second - first < 20, (first, second)     # a list of the stories would be 22 MB more; at 8x, 17, which is within the limit
 
 
 def test_nearly_all_the_time_is_the_tokenizer_s(tok):
