@@ -382,7 +382,7 @@ def prepare_data(preset: PresetName = "laptop", stories: Stories = "storybook", 
 @app.command()
 def pretrain(preset: PresetName = "laptop", home: Home = Path("."), seed: Seed = 0, device: Device = "auto",
              fresh: Fresh = False, compile: Compile = False, set: Settings = []):
-    "Train the model on the shards; goes on where it stopped. Several GPUs: `torchrun --nproc-per-node 2 -m nanomoe.cli pretrain`."
+    "Train the model on the shards; goes on where it stopped, and with a larger `--set tokens=` from where it ended. Several GPUs: `torchrun --nproc-per-node 2 -m nanomoe.cli pretrain`."
     device = _pick_device(device)
     chosen = _choose(preset, set, seed, compile, device)
     _check_memory(chosen.model)

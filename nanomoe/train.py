@@ -256,9 +256,10 @@ def _resume(path, model, cfg, optimizers, data):
     try:
         theirs = content["identity"]
         for name, ours in _identity(model, cfg, data).items():
-            if ours == theirs.get(name): continue
-            change = "other data" if name == "data" else f"another {name} ({theirs.get(name)}, now {ours})"
-            raise UserError(f"{path} comes from a run with {change}: give the old setting back, add --fresh to start anew, or use another --home.")
+            if ours == theirs[name] or name == "tokens" and ours > theirs[name]: continue     # more of the same may be added
+            change = "other data, or from another model," if name == "data" else f"another {name} ({theirs[name]}, now {ours})"
+            stage = {"sft": "train-sft", "dpo": "train-dpo"}.get(path.parent.name, "pretrain")
+            raise UserError(f"{path} comes from a run with {change}: give the old setting back, start anew with `nanomoe {stage} --fresh`, or use another --home.")
         model.load_state_dict(content["model"])
         for optimizer, state in zip(optimizers, content["optimizers"], strict=True): optimizer.load_state_dict(state)
         torch.set_rng_state(content["rng"])

@@ -180,6 +180,20 @@ def test_a_checkpoint_of_another_run_is_refused(home):
     assert pretrain(home, Preset(TINY.model, replace(TINY.train, lr=1e-5)), fresh=True)["step"] > 0
 
 
+def test_a_larger_budget_goes_on_and_never_replaces_the_best_by_a_worse(home, monkeypatch):
+    scores = iter([3.0, 1.0, 2.0, 0.5])
+    monkeypatch.setattr(train, "evaluate", lambda *_: {"nats": 0.0, "bpb": next(scores)})
+    grown = lambda factor, **settings: Preset(TINY.model, replace(TINY.train, tokens=TINY.train.tokens * factor, evals=2, **settings))
+    pretrain(home, grown(1))
+    kept, log = weights(home, "ckpt_best.pt"), (home / "artifacts" / "pretraining" / "train_log.jsonl").read_text()
+    best = pretrain(home, grown(2))
+    assert best == {"nats": 0.0, "bpb": 1.0, "step": grown(1).train.steps} and same(kept, weights(home, "ckpt_best.pt"))
+    assert (home / "artifacts" / "pretraining" / "train_log.jsonl").read_text().startswith(log)
+    with pytest.raises(UserError, match="another tokens"): pretrain(home, grown(1))
+    with pytest.raises(UserError, match="another lr.*nanomoe pretrain --fresh"): pretrain(home, grown(3, lr=1e-5))
+    assert pretrain(home, grown(3))["bpb"] == 0.5 and not same(kept, weights(home, "ckpt_best.pt"))
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "one bit"])
 def test_a_damaged_checkpoint_is_refused_and_kept(home, damage):
     pretrain(home, TINY)
