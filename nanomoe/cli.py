@@ -136,7 +136,7 @@ def _shards_are_right(home, stories, chosen):
     from nanomoe.tokenizer import load_tokenizer
     try: meta = load_shards(home / "data" / "shards", load_tokenizer(home / "tokenizer.json")).meta
     except UserError: return False
-    return meta["source"] == _describe(stories, chosen)
+    return meta.get("source") == _describe(stories, chosen)
 
 
 def _made_of(home, stories, chosen):
@@ -154,7 +154,7 @@ def _pretrain(home, chosen, device, fresh):
     tok = load_tokenizer(home / "tokenizer.json")
     best = pretrain(home, chosen, device, fresh, sample=lambda model: tell_story(model, tok, temperature=0.8, seed=chosen.train.seed, max_new_tokens=150))
     if _is_first():
-        _save_figure(plot_training(home / "artifacts" / "pretraining"), home / "reports" / "figs" / "pretrain_training_summary.png")
+        _draw_log(plot_training, home, "pretraining", "pretrain")
         out.print(f"Validation: {best['bpb']:.4f} bits per byte, {best['nats']:.4f} nats per token (best, after step {best['step']:,})")
     return best
 
@@ -162,6 +162,12 @@ def _pretrain(home, chosen, device, fresh):
 def _save_figure(figure, path):
     from nanomoe.files import write_atomically
     with write_atomically(path) as file: figure.savefig(file, dpi=120, format="png")
+
+
+def _draw_log(plot, home, folder, name):
+    from nanomoe.train import read_log
+    if read_log(home / "artifacts" / folder / "train_log.jsonl"):   # somebody may have removed the log of a finished run
+        _save_figure(plot(home / "artifacts" / folder), home / "reports" / "figs" / f"{name}_training_summary.png")
 
 
 def _at(home): return "" if home == Path(".") else f" --home {shlex.quote(str(home))}"
@@ -306,7 +312,7 @@ def _tune(stage, home, chosen, device, fresh):
     best = {"sft": train_sft, "dpo": train_dpo}[stage](home, chosen, device, fresh, sample)
     what = f"{best['nats']:.4f} nats per token of held-out answers" if stage == "sft" else f"{best['accuracy']:.0%} of held-out pairs the right way round, loss {best['dpo']:.4f}"
     if not _is_first(): return
-    if stage == "dpo": _save_figure(plot_preferences(home / "artifacts" / "dpo"), home / "reports" / "figs" / "dpo_training_summary.png")
+    if stage == "dpo": _draw_log(plot_preferences, home, "dpo", "dpo")
     out.print(f"{stage.upper()}: {what} (best, after step {best['step']:,})")
 
 
@@ -316,9 +322,12 @@ def _scores_there(home, prompts):
     from nanomoe.scorecard import SLICES, STAGES
     try:
         scores = json.loads((home / "reports" / "scorecard.json").read_bytes())
-        theirs = {stage: (score["sha256"], {score[slice][way]["finished"]["n"] for slice in SLICES for way in ("greedy", "sampled")}) for stage, score in scores.items()}
+        judged = {stage: [score[slice][way] for slice in SLICES for way in ("greedy", "sampled")] for stage, score in scores.items()}
+        numbers = [score["bpb"] for score in scores.values()] + [found[name] for each in sum(judged.values(), []) for found in each.values() for name in ("mean", "low", "high")]
+        whole = all(isinstance(number, float) for number in numbers) and len({tuple(each) for each in sum(judged.values(), [])}) == 1     # nobody took anything out
+        theirs = {stage: (score["sha256"], {each["finished"]["n"] for each in judged[stage]}) for stage, score in scores.items()}
         ours = {stage: (sha256_of((home / "artifacts" / folder / "ckpt_best.pt").read_bytes()), {prompts // 2}) for stage, folder in STAGES.items()}
-        return scores if theirs == ours else None
+        return scores if whole and theirs == ours else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError): return None
 
 
@@ -411,7 +420,7 @@ def make_sft_data(preset: PresetName = "laptop", stories: Stories = "storybook",
     chosen = _choose(preset, set, seed)
     seeds = _share_out(load_prompt_seeds(home), chosen)[0]
     if limit: seeds = _some_of(seeds, limit)
-    answers = home / "data" / "synthetic" / "sft_answers.jsonl"
+    answers = home / "data" / "synthetic" / "answers.jsonl"
     _check_writer(writer)
     if dry_run:
         left = unanswered(seed_requests(seeds), answers)
@@ -456,7 +465,7 @@ def make_dpo_data(preset: PresetName = "laptop", stories: Stories = "storybook",
     _check_writer(writer)
     everyone = seeds = _share_out(load_prompt_seeds(home), chosen)[1]
     if limit: seeds = _some_of(seeds, limit)
-    answers = home / "data" / "synthetic" / "dpo_answers.jsonl"
+    answers = home / "data" / "synthetic" / "answers.jsonl"     # those of make-sft-data too: the held-out instructions are the same
     pairs = exchanged_pairs(corpus_writer(_open_split(stories, chosen))) if writer == "corpus" else asked_pairs(llm_writer(answers, attempts, model=model, concurrency=concurrency, timeout=timeout), everyone)
     with _alone(home):
         _report("Pairs", make_dpo_data(home, both_ways(pairs), seeds))
@@ -782,7 +791,7 @@ def main():
         if error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG) and error.filename:
             _leave(f"Error: {error.filename} cannot be used ({(error.strerror or '').lower()}): name another file or folder.", 1)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT): raise
-        _leave("Error: The disk is full: free some space, and the same command goes on from what was saved.", 1)
+        _leave("Error: The disk is full: free some space, and the same command, without --fresh, goes on from what was saved.", 1)
     except (MemoryError, RuntimeError) as error:
         if type(error).__name__ == "InductorError":
             _leave("\nError: --compile needs a C++ compiler and Python's header files, and something of that does not work: install them, for instance with `apt-get install g++ python3-dev`, or leave --compile away.", 1)

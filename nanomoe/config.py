@@ -123,6 +123,9 @@ def _divisors(n): return [d for d in range(1, min(n, 128) + 1) if n % d == 0]
 def _at_least(config, least, names):
     for name in names.split(): _check(getattr(config, name, least) >= least, f"{name}={getattr(config, name, least)} must be at least {least}")
 
+def _at_most(config, most, names):
+    for name in names.split(): _check(getattr(config, name, most) <= most, f"{name} must be at most {most:g}")
+
 def _check_model(cfg):
     _at_least(cfg, 1, "vocab_size d_model n_layers n_heads n_kv_heads d_ff num_experts top_k max_seq_len rope_theta")
     _at_least(cfg, 0, "num_shared_experts load_balance_coef z_coef bias_rate")
@@ -140,6 +143,9 @@ def _check_training(cfg):
     _at_least(cfg, 1, "stories val_stories tokenizer_stories tokens seq_len examples batch_size grad_accum evals log_every")
     _at_least(cfg, 2, "val_examples")      # one for each kind of protagonist
     _at_least(cfg, 0, "lr muon_lr weight_decay min_lr grad_clip patience seed save_minutes epochs drills replay beta rpo_alpha")
+    _at_most(cfg, 1e15, "stories val_stories tokenizer_stories tokens seq_len examples val_examples patience")      # far beyond all sense, and still no overflow
+    _at_most(cfg, 1e6, "batch_size grad_accum evals log_every epochs")
+    _at_most(cfg, 1e30, "lr muon_lr min_lr")
     for name in ("warmup", "decay"): _check(0 <= getattr(cfg, name) <= 1, f"{name}={getattr(cfg, name)} is a share of the steps and lies between 0 and 1")
     _check(0 <= getattr(cfg, "label_smoothing", 0) < 0.5, "label_smoothing must be at least 0 and less than 0.5, where a pair says nothing at all")
     for name in ("beta1", "beta2"): _check(0 <= getattr(cfg, name) < 1, f"{name}={getattr(cfg, name)} must be at least 0 and less than 1")

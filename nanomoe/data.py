@@ -124,10 +124,11 @@ def load_shards(folder: str | Path,
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         splits = [(name, meta["splits"][name]) for name in ("train", "val")]
         expected = {f"{name}.bin": (2 * int(split["tokens"]), split["sha256"]) for name, split in splits}
+        if min(int(split["bytes"]) for _, split in splits) < 0: raise ValueError("less than no text")
         foreign = tok is not None and meta["tokenizer_hash"] != tokenizer_hash(tok)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"There are no shards in {folder}: run `nanomoe prepare-data` first.") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError):
         raise UserError(f"{folder / 'meta.json'} is damaged: run `nanomoe prepare-data` to write the shards again.") from None
     if foreign:
         raise UserError(f"The shards in {folder} were written with another tokenizer: "

@@ -203,12 +203,14 @@ def with_reference(path: Path, # where the log-probabilities are kept
                    key: str, # fingerprint of the pairs and the reference
                    model: NanoMoE, pairs: list[Pair], batch_size: int, dtype: str = "float32") -> list[Pair]:
     "The pairs with the reference's log-probabilities: from disk if they are there and fit, else computed."
-    try: kept = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError): kept = {}
-    if not isinstance(kept, dict) or kept.get("key") != key or len(kept.get("logps", ())) != len(pairs):
-        kept = {"key": key, "logps": pair_logps(model, pairs, batch_size, dtype)}
-        with write_atomically(path, "w") as file: json.dump(kept, file)
-    return [pair._replace(reference=tuple(logps)) for pair, logps in zip(pairs, kept["logps"], strict=True)]
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        logps = [(float(chosen), float(rejected)) for chosen, rejected in kept["logps"]] if kept["key"] == key else []
+    except (OSError, ValueError, LookupError, TypeError): logps = []
+    if len(logps) != len(pairs):
+        logps = pair_logps(model, pairs, batch_size, dtype)
+        with write_atomically(path, "w") as file: json.dump({"key": key, "logps": logps}, file)
+    return [pair._replace(reference=both) for pair, both in zip(pairs, logps, strict=True)]
 
 # %% ../nbs/06_dpo.ipynb #74ba9907
 MAX_DROP = 0.5      # nats per token that the chosen answers may lose before training is stopped

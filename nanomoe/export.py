@@ -182,6 +182,7 @@ def _data(path, step): # the stories
 
 def _training_run(path, step):
     rows = read_log(path.parent / "train_log.jsonl")
+    read_log(path.parent / "val_log.jsonl")[-1]     # a run that has not been evaluated has given no weights: those are of an earlier one
     seconds = sum((row["tokens"] - before["tokens"]) / max(row["tokens_per_s"], 0.1) for before, row in zip([{"tokens": 0}, *rows], rows))
     return f"{rows[-1]['tokens']:,} tokens in {f'{seconds / 60:.1f} minutes' if seconds > 90 else f'{seconds:.0f} seconds'}"
 

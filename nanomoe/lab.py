@@ -97,7 +97,7 @@ def race(home: str | Path, # has tokenizer.json and data/shards
     "Train all variants in turns, a step each; the fastest step counts."
     shards = _open(home)
     path = Path(home) / "artifacts" / "lab" / f"race-{_key([v.preset for v in variants], [v.name for v in variants], rounds, shards, device)}.json"
-    if path.is_file() and not fresh: return _read(path)
+    if path.is_file() and not fresh: return _read(path, [variant.name for variant in variants])
     seconds = {variant.name: [] for variant in variants}
     with processes(device, variants[0].preset.train) as device:
         clock, threads = time.process_time if device.type == "cpu" else time.perf_counter, torch.get_num_threads()
@@ -136,9 +136,14 @@ def _key(what, *more): # a short fingerprint of all that a result depends on
     parts = [[asdict(chosen.model), {name: value for name, value in asdict(chosen.train).items() if name not in ("log_every", "save_minutes")}] for chosen in what]
     return sha256_of(json.dumps([parts, *more[:-2], shards.meta, str(device)], sort_keys=True))[:10]
 
-def _read(path):
-    try: return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError): raise UserError(f"{path} is damaged: remove it, and the lab measures again.") from None
+def _read(path, needed): # a dict with numbers under these names
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for name in needed: found[name] + 0.0
+        return found
+    except (OSError, ValueError, LookupError, TypeError): raise UserError(f"{path} is damaged: remove it, and the lab measures again.") from None
+
+_FOUND = ("bpb", "nats", "load_min", "load_max", "entropy")
 
 # %% ../nbs/04b_lab.ipynb #2d503878
 def train_variant(home: str | Path, # has tokenizer.json and data/shards; gets a folder in artifacts/lab
@@ -151,17 +156,18 @@ def train_variant(home: str | Path, # has tokenizer.json and data/shards; gets a
     lab, words, key = Path(home) / "artifacts" / "lab", re.findall(r"\w+", variant.name), _key([chosen], shards, device)
     folder = next(lab.glob(f"*-{key}"), lab / "-".join([*words, key]))      # the same training may have had another name
     if fresh: shutil.rmtree(folder, ignore_errors=True)
-    if (folder / "result.json").is_file(): return {**_read(folder / "result.json"), "group": variant.group, "variant": variant.name}
+    if (folder / "result.json").is_file(): return {**_read(folder / "result.json", ("active", "total", "tokens", *_FOUND)), "group": variant.group, "variant": variant.name}
     cfg = chosen.train
     with processes(device, cfg) as device:
         torch.manual_seed(cfg.seed)
         model = NanoMoE(_shape(variant, shards)).to(device).train()
         model.vocabulary = vocabulary_hash(load_tokenizer(Path(home) / "tokenizer.json"))
         found = fit(model, cfg, Batches(shards.train, cfg.batch_size, cfg.seq_len, cfg.seed), NanoMoE.loss_and_routing,
-                    lambda model: examine(model, shards, cfg), folder, sha256_of(json.dumps(shards.meta, sort_keys=True)))
+                    lambda model: examine(model, shards, cfg), folder, sha256_of(json.dumps(shards.meta, sort_keys=True)),
+                    fresh=not (folder / "ckpt_last.pt").is_file())      # a result that was removed is trained for again
     row = {"group": variant.group, "variant": variant.name, "experts": variant.experts,
            "active": model.num_parameters(active=True), "total": model.num_parameters(), "tokens": cfg.steps * cfg.batch_size * cfg.grad_accum * cfg.seq_len,
-           **{name: found[name] for name in ("bpb", "nats", "load_min", "load_max", "entropy")}}
+           **{name: found[name] for name in _FOUND}}
     with write_atomically(folder / "result.json", "w") as file: json.dump(row, file, indent=1)
     (folder / "ckpt_last.pt").unlink(missing_ok=True)   # large, and of no use any more
     return row

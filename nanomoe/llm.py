@@ -19,7 +19,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -161,13 +161,14 @@ def mend(path: str | Path) -> list[str]: # a sentence for each line that was set
 def unanswered(requests: Iterable[Request], path: str | Path) -> list[Request]:
     "The requests that the answer file does not hold, or holds as a failure to be asked again."
     answers, left, seen = read_answers(path), [], set()
+    refused = all(row["outcome"] == "failed" for row in answers.values())   # nothing was ever answered: that is hardly the requests' fault
     for request in requests:
         if request.key in seen: raise UserError(f'Two requests are called "{request.id}", attempt {request.attempt}: give each a name of its own.')
         seen.add(request.key)
         row = answers.get(request.key)
         if row and row.get("asked", request.fingerprint) != request.fingerprint:
             raise UserError(f'{path} answers other instructions under the same names (first: "{request.id}"): move it away to have these answered.')
-        if row is None or row.get("again"): left.append(request)
+        if row is None or row.get("again") or refused: left.append(request)
     return left
 
 # %% ../nbs/05b_llm_writer.ipynb #832e55a2
@@ -283,22 +284,24 @@ def _failed(said, again): return {"outcome": "failed", "text": "", "finish_reaso
 # %% ../nbs/05b_llm_writer.ipynb #3ef4cf18
 async def _ask_all(asker, todo, path, concurrency, bar):
     "Answers to all of `todo`, appended to `path` as they come."
-    counts, left, in_a_row = Counter(), iter(todo), 0
+    counts, waiting, in_a_row = Counter(), deque(todo), 0
 
     async def work():
         nonlocal in_a_row
-        for request in left:
+        while waiting:
+            request = waiting.popleft()
             row = {"id": request.id, "attempt": request.attempt, **await _answer(asker, request), "asked": request.fingerprint}
             append_jsonl(path, {name: asker.hide(value) if isinstance(value, str) else value for name, value in row.items()})
             counts[row["outcome"]] += 1
             bar.set_postfix(counts, refresh=False)
             bar.update()
-            in_a_row = in_a_row + 1 if row.get("again") else 0
+            in_a_row = in_a_row + 1 if row["outcome"] == "failed" else 0
             if in_a_row == 10: raise UserError(f"Ten requests in a row got no answer from {asker.where} ({row['error']}): try later; the same command goes on from here.")
 
     workers = [asyncio.create_task(work()) for _ in range(min(concurrency, len(todo)))]
     try: await asyncio.gather(*workers)
     finally:
+        waiting.clear()     # a worker whose answer comes at this very moment does not notice that it is cancelled
         for worker in workers: worker.cancel()
         await asyncio.gather(*workers, return_exceptions=True)
         await asker.client.close()
@@ -389,7 +392,7 @@ def llm_writer(path: str | Path, # the answer file
                 if row is None: continue    # beyond the limit of this run
                 text = row["text"] if row["outcome"] == "ok" else NoAnswer(row["text"] or row.get("error", ""), row["outcome"])
                 yield seed, text
-                if broken_rules(text, seed): failed.append(seed)
+                if broken_rules(text, seed) and not row.get("again"): failed.append(seed)   # what got no answer waits for the next run
             open_seeds = failed
     return write
 

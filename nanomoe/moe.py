@@ -121,8 +121,8 @@ class MoE(nn.Module):
 
     def for_few(self, tokens: Tensor, routing: Routing) -> Tensor: # (N, D) -> (N, D)
         "As decoding does it: one product for all experts. Nothing is sorted, and no weight is copied."
-        first, *others = sorted(set(routing.experts.flatten().tolist()))
-        some = slice(first, max(others, default=first) + 1, others[0] - first if len(others) == 1 else 1)
+        chosen = sorted(set(routing.experts.flatten().tolist()))
+        some = slice(chosen[0], chosen[-1] + 1, chosen[1] - chosen[0] if len(chosen) == 2 else 1)
         share = tokens.new_zeros(len(tokens), len(self.gate_up)).scatter_(1, routing.experts, routing.weights.to(tokens.dtype))
         y = (swiglu(tokens[None], self.gate_up[some], self.down[some]) * share.T[some, :, None]).sum(0)     # (N, D)
         return y + swiglu(tokens[None], self.shared_gate_up, self.shared_down)[0] if self.has_shared else y

@@ -199,7 +199,7 @@ def read_rows(path: str | Path, *needed: str) -> list[dict]: # every row has the
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             row = dict(json.loads(line.decode()))
-            hash(row.get("id"))
+            hash(row.get("id")), json.dumps(row, ensure_ascii=False).encode()      # half a character is no text
         except (ValueError, TypeError, RecursionError): raise UserError(f"{path}, line {number}, is not a JSON object: mend or remove the line; nothing was changed.") from None
         if missing := [key for key in needed if key not in row]:
             raise UserError(f"{path}, line {number}, has no {', '.join(missing)}: it was not made by Nano-MoE; mend or remove the line; nothing was changed.")
@@ -266,6 +266,7 @@ def corpus_writer(open_split): # open_split("train" | "val") -> the stories that
             for i, story in enumerate(open_split(split)):
                 for seed in wanted.pop(i, ()): yield seed, story.text
                 if not wanted: break
+            for seed in (seed for left in wanted.values() for seed in left): yield seed, NoAnswer("", "no_such_story")
     return write
 
 def make_sft_data(home: str | Path, # has prompt_seeds.jsonl; gets sft_train.jsonl, sft_val.jsonl and rejects.jsonl

@@ -11,6 +11,7 @@ import gc
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -255,11 +256,13 @@ def _resume(path, model, cfg, optimizers, data):
     content = load_checkpoint(path)
     try:
         theirs = content["identity"]
+        def goes_on(name, ours): # what has ended may get a larger budget
+            return name == "tokens" and ours > theirs[name] and content["step"] == replace(cfg, tokens=theirs[name]).steps
         for name, ours in _identity(model, cfg, data).items():
-            if ours == theirs[name] or name == "tokens" and ours > theirs[name]: continue     # more of the same may be added
-            change = "other data, or from another model," if name == "data" else f"another {name} ({theirs[name]}, now {ours})"
+            if ours == theirs[name] or goes_on(name, ours): continue
+            change = "other data, or from another model," if name == "data" else f"{name}={theirs[name]}, now {ours}"
             stage = {"sft": "train-sft", "dpo": "train-dpo"}.get(path.parent.name, "pretrain")
-            raise UserError(f"{path} comes from a run with {change}: give the old setting back, start anew with `nanomoe {stage} --fresh`, or use another --home.")
+            raise UserError(f"{path} comes from a run with {change}: give the old setting back, start anew with `nanomoe {stage} --fresh --home {shlex.quote(str(path.parents[2]))}`, or use another --home.")
         model.load_state_dict(content["model"])
         for optimizer, state in zip(optimizers, content["optimizers"], strict=True): optimizer.load_state_dict(state)
         torch.set_rng_state(content["rng"])
@@ -273,8 +276,9 @@ def _begin(folder, model, cfg, optimizers, data, fresh, writes, nothing):
     if last.is_file() and not fresh:
         start = _resume(last, model, cfg, optimizers, data)
         if start[2]["step"] == start[0] and writes: save_checkpoint(best, model)   # in case it was killed just between the two
-    elif best.is_file() and not (folder / "train_log.jsonl").is_file() and not fresh:   # imported, for instance
-        raise UserError(f"{best} was not trained here and cannot be gone on from: add --fresh to replace it, or use another --home.")
+        elif start[2]["step"] and not best.is_file(): raise UserError(f"{best} is missing: restore it from a copy, or add --fresh to start anew.")
+    elif best.is_file() and not Path(f"{last}.old").is_file() and not fresh:   # imported, for instance
+        raise UserError(f"{best} was not trained here, or {last.name} beside it is missing, and cannot be gone on from: add --fresh to replace it, or use another --home.")
     if writes:
         with write_atomically(folder / "config.json", "w") as file: json.dump({"model": asdict(model.cfg), "train": asdict(cfg)}, file, indent=2)
         if fresh and last.is_file():    # kept until the new run has saved, and under other names: killed before that, it would go on as the old one
@@ -301,6 +305,7 @@ def fit(model: NanoMoE, cfg: LoopConfig,
     if world > 1: objective = DistributedDataParallel(objective, device_ids=[device.index] if device.type == "cuda" else None)
     evaluate_at = {round(cfg.steps * (i + 1) / cfg.evals) for i in range(cfg.evals)}
     seen, clock = tokens, time.perf_counter()       # since when the speed is measured
+    again = "the same command goes on from there, without --fresh." if fresh else "the same command goes on from there."
     saved = clock
     with _catching_stops() as asked, _progress_bar(start, cfg.steps, writes) as bar:
         for step in range(start, cfg.steps):
@@ -334,8 +339,8 @@ def fit(model: NanoMoE, cfg: LoopConfig,
             elif writes and (stop or now - saved > 60 * cfg.save_minutes):
                 _save_last(folder, logs, model, cfg, optimizers, done, tokens, best, data)
                 saved = time.perf_counter()
-            if stop and done < cfg.steps: raise Stopped(f"Stopped after step {done:,} of {cfg.steps:,}, and saved; the same command goes on from there.")
-    if _in_all_processes(bool(asked), device): raise Stopped("Stopped after the last step, and saved; the same command goes on from there.")
+            if stop and done < cfg.steps: raise Stopped(f"Stopped after step {done:,} of {cfg.steps:,}, and saved; {again}")
+    if _in_all_processes(bool(asked), device): raise Stopped(f"Stopped after the last step, and saved; {again}")
     return best
 
 # %% ../nbs/04_pretrain.ipynb #b06ba1e7

@@ -112,6 +112,14 @@ def test_missing_shards_are_refused(tmp_path, tok):
         (tmp_path / "away").rename(tmp_path / name)
 
 
+@pytest.mark.parametrize("change", [{"bytes": None}, {"bytes": -1}, {"bytes": "many"}, {"tokens": float("inf")}, {"tokens": [1]}], ids=str)
+def test_counts_that_are_none_are_refused(tmp_path, tok, change):
+    meta = write_shards(OLD, tok, tmp_path)
+    meta["splits"]["val"] |= change
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    assert "meta.json is damaged" in refusal(load_shards, tmp_path, tok)
+
+
 @pytest.mark.parametrize("name", ["train.bin", "val.bin"])
 @given(data=st.data())
 @settings(max_examples=30)

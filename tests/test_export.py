@@ -229,7 +229,7 @@ def test_a_scorecard_of_other_weights_is_not_on_the_card(tmp_path):
     "Whose scores they are is a matter of fingerprints: files are copied without their times, and clocks are set back."
     folder, model, _ = make_home(tmp_path)
     write_reports(folder)
-    (folder / "artifacts" / "pretraining" / "val_log.jsonl").unlink()
+    (folder / "artifacts" / "pretraining" / "val_log.jsonl").write_text('{"step": 20}\n')
     checkpoint, scorecard = paths(folder)[0], folder / "reports" / "scorecard.json"
     later = scorecard.stat().st_mtime + 60
     os.utime(checkpoint, (later, later))
@@ -244,6 +244,14 @@ def test_a_scorecard_of_other_weights_is_not_on_the_card(tmp_path):
     now = checkpoint.stat().st_mtime
     os.utime(scorecard, (now, now))
     assert list(card_of(folder)) == ["Parameters", "Data", "Training run"]
+
+
+def test_a_run_that_has_given_no_weights_yet_is_not_on_the_card(tmp_path):
+    "As after `pretrain --fresh` that was stopped early: the logs are of the new run, and the weights still of the old one."
+    folder, *_ = make_home(tmp_path)
+    write_reports(folder)
+    (folder / "artifacts" / "pretraining" / "val_log.jsonl").write_text("")
+    assert "Training run" not in card_of(folder)
 
 
 KEPT = {"its protagonist", "all its phrases", "its length", "comes to an end"}

@@ -174,8 +174,8 @@ def test_a_worse_score_never_replaces_the_best(home, monkeypatch):
 def test_a_checkpoint_of_another_run_is_refused(home):
     pretrain(home, TINY)
     before = weights(home)
-    with pytest.raises(UserError, match="another d_ff"): pretrain(home, Preset(replace(TINY.model, d_ff=32), TINY.train))
-    with pytest.raises(UserError, match="another lr"): pretrain(home, Preset(TINY.model, replace(TINY.train, lr=1e-5)))
+    with pytest.raises(UserError, match="with d_ff=16, now 32"): pretrain(home, Preset(replace(TINY.model, d_ff=32), TINY.train))
+    with pytest.raises(UserError, match="with lr=.*now 1e-05.*nanomoe pretrain --fresh --home .*/home`"): pretrain(home, Preset(TINY.model, replace(TINY.train, lr=1e-5)))
     assert same(before, weights(home))
     assert pretrain(home, Preset(TINY.model, replace(TINY.train, lr=1e-5)), fresh=True)["step"] > 0
 
@@ -189,9 +189,32 @@ def test_a_larger_budget_goes_on_and_never_replaces_the_best_by_a_worse(home, mo
     best = pretrain(home, grown(2))
     assert best == {"nats": 0.0, "bpb": 1.0, "step": grown(1).train.steps} and same(kept, weights(home, "ckpt_best.pt"))
     assert (home / "artifacts" / "pretraining" / "train_log.jsonl").read_text().startswith(log)
-    with pytest.raises(UserError, match="another tokens"): pretrain(home, grown(1))
-    with pytest.raises(UserError, match="another lr.*nanomoe pretrain --fresh"): pretrain(home, grown(3, lr=1e-5))
+    with pytest.raises(UserError, match="with tokens=40960, now 20480"): pretrain(home, grown(1))
+    with pytest.raises(UserError, match="with lr="): pretrain(home, grown(3, lr=1e-5))
     assert pretrain(home, grown(3))["bpb"] == 0.5 and not same(kept, weights(home, "ckpt_best.pt"))
+
+
+def test_what_was_only_stopped_keeps_its_budget(home):
+    def stop(model): signal.raise_signal(signal.SIGINT)
+    with pytest.raises(Stopped, match="the same command goes on from there.$"): pretrain(home, TINY, sample=stop)
+    with pytest.raises(UserError, match="with tokens=20480, now 40960"): pretrain(home, Preset(TINY.model, replace(TINY.train, tokens=2 * TINY.train.tokens)))
+    with pytest.raises(Stopped, match="without --fresh.$"): pretrain(home, TINY, fresh=True, sample=stop)
+
+
+def test_a_finished_run_that_lost_a_checkpoint_is_not_trained_again(home):
+    "What is left of it stays as it is; whoever wants it anew says so."
+    pretrain(home, TINY)
+    best, last = (home / "artifacts" / "pretraining" / name for name in ("ckpt_best.pt", "ckpt_last.pt"))
+    kept = best.read_bytes()
+    moved = last.rename(last.with_name("away"))
+    with pytest.raises(UserError, match="ckpt_last.pt beside it is missing.*--fresh"): pretrain(home, TINY)
+    assert best.read_bytes() == kept and not last.exists()
+    moved.rename(last)
+    content = load_checkpoint(last)
+    torch.save({**content, "best": {**content["best"], "step": 10}}, last)
+    best.unlink()
+    with pytest.raises(UserError, match="ckpt_best.pt is missing: restore it"): pretrain(home, TINY)
+    assert pretrain(home, TINY, fresh=True)["step"] and best.is_file()
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "one bit"])

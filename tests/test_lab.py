@@ -133,7 +133,7 @@ def test_other_settings_are_other_runs_and_fresh_forgets(shards_home, monkeypatc
     assert lab.train_variant(shards_home, variant, fresh=True) == first
     assert stamps(shards_home) != before
     twice, runs, fit = lab.baselines(SMALL)[:1] * 2, [], lab.fit
-    monkeypatch.setattr(lab, "fit", lambda *words: runs.append(1) or fit(*words))
+    monkeypatch.setattr(lab, "fit", lambda *words, **named: runs.append(1) or fit(*words, **named))
     lab.run_lab(shards_home, twice, {"mixture": 1.0}, fresh=True, say=lambda name: None)
     assert len(runs) == 1, "what stands in two groups is trained once"
     monkeypatch.setattr(lab, "fit", None)

@@ -235,8 +235,18 @@ def test_a_request_that_cannot_be_answered_is_recorded_for_good(server, tmp_path
     path = tmp_path / "a.jsonl"
     row = one(server, path, (status, {}, {"error": {"message": "too long", "param": "messages"}}))
     assert (row["outcome"], row["again"], row["error"]) == ("failed", False, f"status {status}, too long")
-    assert write_with_llm(requests(1), path, base_url=server.url) == {"kept": 1}
-    assert len(server.letters) == 1
+    write_with_llm(requests(2)[1:], path, base_url=server.url)      # and another can be
+    assert write_with_llm(requests(2), path, base_url=server.url) == {"kept": 2}
+    assert len(server.letters) == 2
+
+
+def test_a_server_that_refuses_everything_is_stopped_early_and_asked_anew_when_it_has_been_mended(server, tmp_path):
+    server.otherwise = (400, {}, {"error": {"message": "maximum context length is 256"}})
+    path = tmp_path / "a.jsonl"
+    with pytest.raises(UserError, match="Ten requests in a row .*maximum context length is 256"): write_with_llm(requests(100), path, base_url=server.url)
+    assert 10 <= len(server.letters) < 30
+    server.otherwise = completion()
+    assert write_with_llm(requests(100), path, base_url=server.url) == {"ok": 100}
 
 
 def test_one_bad_request_does_not_disturb_the_others(server, tmp_path):
@@ -700,6 +710,29 @@ def test_what_is_no_answer_is_asked_again(server, tmp_path):
     for seed in seeds:
         server.plan[seed.instruction] = [completion(told(seed), "length"), completion(told(seed))]
     assert make_sft_data(tmp_path, llm_writer(tmp_path / "a.jsonl", base_url=server.url), seeds) == {"accepted": 2, "truncated": 2}
+
+
+def test_what_got_no_answer_waits_for_the_next_run_and_is_not_paid_for_twice(server, tmp_path):
+    seeds = asked_for(["Mia"]) + asked_for(["Una"], "val")
+    for seed in seeds: server.plan[seed.instruction] = [completion(told(seed))] * 9
+    server.plan[seeds[0].instruction].insert(0, (503, {}, {}))
+    write = llm_writer(tmp_path / "a.jsonl", attempts=2, base_url=server.url, retries=0)
+    with pytest.raises(UserError, match="No answer for train kept the rules.*'failed': 1"): make_sft_data(tmp_path, write, seeds)
+    for _ in range(2): assert make_sft_data(tmp_path, write, seeds) == {"accepted": 2}
+    assert [prompt for _, prompt, *_ in server.letters].count(seeds[0].instruction) == 2 and len(server.letters) == 3
+
+
+def test_pairs_do_not_pay_for_the_held_out_answers_of_the_instructions(server, tmp_path, monkeypatch, capsys):
+    seeds = asked_for(["Mia", "Zoe", "Ada"]) + asked_for(["Una", "Ida"], "val")
+    write_rows(tmp_path / "data" / "synthetic" / "prompt_seeds.jsonl", map(seed_row, seeds))
+    for seed in seeds:
+        for hero in seeds:
+            asked = replace(seed, protagonist=hero.protagonist)
+            server.plan[asked.instruction] = [completion(told(asked))] * 9
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    for make in (cli.make_sft_data, cli.make_dpo_data): make(preset="smoke", home=tmp_path, writer="openai", set=["sft.examples=1", "dpo.examples=4"])
+    prompts = Counter(prompt for _, prompt, *_ in server.letters)
+    assert set(prompts.values()) == {1} and len(prompts) == 9      # five chosen stories, and four rejected ones
 
 
 def test_pairs_go_on_after_a_limit_and_a_failure(server, tmp_path, monkeypatch, capsys):

@@ -61,7 +61,7 @@ def test_instructions_answered_by_a_real_llm_on_the_command_line(tmp_path, recor
     assert nanomoe("make-prompt-seeds", *few).returncode == 0
     with local_llm(context=2048, parallel=2) as url:
         run = nanomoe("make-sft-data", *few, "--writer", "openai", "--limit", "3", "--attempts", "1", "--timeout", "300", OPENAI_BASE_URL=url)
-    answers, folder = read_answers(tmp_path / "data" / "synthetic" / "sft_answers.jsonl"), tmp_path / "data" / "synthetic"
+    answers, folder = read_answers(tmp_path / "data" / "synthetic" / "answers.jsonl"), tmp_path / "data" / "synthetic"
     assert len(answers) == 3 and not answers.problems
     rejected = Counter(rule for row in read_jsonl(folder / "rejects.jsonl")[0].values() for rule in row["broken"])
     accepted = sum(len(read_jsonl(path)[0]) for path in folder.glob("sft_train.jsonl")) + sum(len(read_jsonl(path)[0]) for path in folder.glob("sft_val.jsonl"))

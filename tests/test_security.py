@@ -170,7 +170,7 @@ def test_a_key_is_shown_to_nobody(home, server, case):      # noqa: F811
 
 
 @linux
-@pytest.mark.parametrize("accident, url", [("nanomoe.llm.judge = lambda *_: 1 / 0", None), ("full_disk('sft_answers.jsonl', appending=True)", None),
+@pytest.mark.parametrize("accident, url", [("nanomoe.llm.judge = lambda *_: 1 / 0", None), ("full_disk('answers.jsonl', appending=True)", None),
                                            ("before('sft_train.jsonl', kill)", None), ("", f"http://user:{KEY}@127.0.0.1:9/v1"), ("", f"{KEY}://x")])
 def test_nor_by_a_bug_a_full_disk_a_kill_or_an_address(home, server, accident, url):    # noqa: F811
     server.otherwise = completion("Lily ran. " * 6)

@@ -376,7 +376,7 @@ def test_a_run_is_not_resumed_on_another_base_or_other_data(home):
     path.write_bytes(data.replace(b"red kite", b"red ship"))
     with pytest.raises(UserError, match="other data"): train_sft(home, FEW)
     path.write_bytes(data)
-    with pytest.raises(UserError, match="another batch_size"): train_sft(home, Preset(MODEL, TrainConfig(), replace(FEW.sft, batch_size=2)))
+    with pytest.raises(UserError, match="with batch_size=4, now 2:"): train_sft(home, Preset(MODEL, TrainConfig(), replace(FEW.sft, batch_size=2)))
     base = home / "artifacts" / "pretraining" / "ckpt_best.pt"
     model = load_model(base)
     model.norm.weight.data *= 1.01

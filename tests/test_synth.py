@@ -330,6 +330,13 @@ def test_every_row_of_the_storybook_complies(many):
     assert len(rows_of(home, "sft_train")) == 400 and len(rows_of(home, "sft_val")) == 200 and rows_of(home, "rejects") == []
 
 
+def test_a_story_that_is_not_there_is_counted(many, tmp_path):
+    some = of(many[1], "train")[:5] + of(many[1], "val")[:5]
+    lost = [replace(some[0], story=-3), replace(some[1], story=99_999_999)]
+    assert make_sft_data(tmp_path, corpus_writer(open_split), lost + some[2:]) == {"accepted": 8, "no_such_story": 2}
+    assert [row["broken"] for row in rows_of(tmp_path, "rejects")] == [["no_such_story"]] * 2
+
+
 def test_every_row_of_a_corpus_without_metadata_complies(root, tmp_path):
     corpus = root.parent / "shared" / "tinystories"
     if not corpus.is_dir(): pytest.skip("no local corpus beside the repository")
@@ -412,6 +419,7 @@ DAMAGE = {
     "duplicated": (lambda lines: [*lines[:4], lines[1], *lines[4:]], "line 5, has the id of line 2"),
     "foreign": (lambda lines: [*lines[:2], b'{"prompt": "x"}', *lines[2:]], "line 3, has no id, split: it was not made by Nano-MoE"),
     "a number": (lambda lines: [b"5", *lines], "line 1, is not a JSON object"),
+    "half a character": (lambda lines: [lines[0].replace(b"Zo", b"Zo\\ud800"), *lines[1:]], "line 1, is not a JSON object"),
     "a list": (lambda lines: [b"[1, 2]", *lines], "line 1, is not a JSON object"),
     "wrong UTF-8": (lambda lines: [*lines[:3], lines[3].replace(b"Zo", b"\xff"), *lines[4:]], "line 4, is not a JSON object"),
     "UTF-16": (lambda lines: [lines[0].decode().encode("utf-16"), *lines[1:]], "line 1, is not a JSON object"),
