@@ -18,7 +18,7 @@ from pathlib import Path
 import streamlit as st
 import torch
 
-from nanomoe.checkpoint import check_tokenizer, load_model
+from nanomoe.checkpoint import check_tokenizer, load_model, vocabulary_hash
 from nanomoe.files import UserError, checkpoint_path, find_checkpoints, home_or_shipped
 from nanomoe.generate import encode_prompt, stream
 from nanomoe.routing import trace_routing
@@ -84,6 +84,7 @@ class Answer:
     cached: bool = True
     error: str = ""
     edition: tuple = ()
+    vocabulary: str = ""        # of the tokenizer that its tokens belong to
 
 
 @dataclass
@@ -98,6 +99,7 @@ def write(home: Path, turn: Turn, answer: Answer, sampling: dict, show):
     "Let the checkpoint answer; `show()` is called some twenty times a second. Only the model's own time is measured."
     answer.edition, answer.cached = edition(checkpoint_path(home, answer.name)), sampling["use_cache"]
     model, tok = load(home, answer.name)
+    answer.vocabulary = vocabulary_hash(tok)
     answer.prompt = prompt_ids(tok, turn.prompt) if turn.seed else encode_prompt(tok, turn.prompt)[0].tolist()
     source, shown = stream(model, torch.tensor([answer.prompt]), eos_id=EOS, **sampling), 0
     while True:
@@ -237,6 +239,7 @@ def routing_screen(home: Path, checkpoints: dict):
     for name in names:
         try:
             model, tok = load(home, name)
+            if vocabulary_hash(tok) != answer.vocabulary: return st.warning("The tokenizer is another one than when this was written, so its tokens mean something else now.")
             ids = (answer.prompt + answer.ids)[:model.cfg.max_seq_len]
             read[name] = token_pieces(tok, ids), trace_routing(model, torch.tensor(ids))
         except UserError as error: st.error(str(error))

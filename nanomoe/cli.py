@@ -506,7 +506,7 @@ def _lab(home, stories, chosen, variants, baselines, device, fresh):
     rows = lab.run_lab(home, variants, speeds, report, device, fresh, out.print)
     table = Table(title=f"{chosen.train.tokens:,} training tokens, the whole validation split", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     lines = [{name: text for name, text in line.items() if out.width >= 100 or name not in ("active", "total")} for line in lab.readable(rows)]     # a narrow terminal has no room for sizes
-    for name in lines[0]: table.add_column(name, justify="left" if name in ("variant", "experts") else "right", no_wrap=name not in ("variant", "load (1 = fair)", "entropy, bits"))
+    for name in lines[0]: table.add_column(name, justify="left" if name in ("variant", "experts") else "right", no_wrap=name not in ("variant", "load", "entropy"))
     for i, line in enumerate(lines): table.add_row(*line.values(), end_section=i + 1 < len(rows) and rows[i + 1]["group"] != rows[i]["group"])
     out.print(table)
     if not baselines: _save_figure(lab.lab_figure(rows), home / "reports" / "figs" / "lab.png")
@@ -595,7 +595,7 @@ def generate(prompt: Annotated[str, typer.Argument(help="How the story begins; n
     sampling = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k or None, top_p=top_p, min_p=min_p or None,
                     repetition_penalty=repetition_penalty, seed=seed, use_cache=cache, compiled=compile)
     end = "\n\n" if instruct else ""    # an instruction ends with an empty line
-    if not chat: return _tell(model, tok, prompt + end, sampling)
+    if not chat: return _tell(model, tok, prompt and prompt + end, sampling)
     while prompt or (prompt := _ask("Instruction: " if instruct else "Story begins: ")):
         try: _tell(model, tok, prompt + end, sampling)
         except UserError as error: print(error, file=sys.stderr)

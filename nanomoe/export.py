@@ -177,11 +177,13 @@ def _scores(path): # of this very file on its home's scorecard, which may be abo
 
 def _data(path, step): # the stories
     meta = _read_json(_home_of(path) / "data" / "shards" / "meta.json")
+    trained_on = _read_json(_home_of(path) / "artifacts" / "pretraining" / "config.json").get("data")
+    if trained_on not in (None, sha256_of(json.dumps(meta, sort_keys=True))): raise ValueError("the shards have been written anew since")
     name, train = Path(meta["source"].partition(",")[0]).name, meta["splits"]["train"]
     return f"{name + ': ' if name else ''}{train['stories']:,} stories, {train['tokens']:,} tokens"
 
 def _training_run(path, step):
-    rows = read_log(path.parent / "train_log.jsonl")
+    rows = [row for row in read_log(path.parent / "train_log.jsonl") if step is None or row["step"] <= step]
     read_log(path.parent / "val_log.jsonl")[-1]     # a run that has not been evaluated has given no weights: those are of an earlier one
     seconds = sum((row["tokens"] - before["tokens"]) / max(row["tokens_per_s"], 0.1) for before, row in zip([{"tokens": 0}, *rows], rows))
     return f"{rows[-1]['tokens']:,} tokens in {f'{seconds / 60:.1f} minutes' if seconds > 90 else f'{seconds:.0f} seconds'}"
@@ -249,7 +251,7 @@ tell = pipeline("text-generation", ".")
 print(tell("Once upon a time", max_new_tokens=100, do_sample=True, temperature=0.8)[0]["generated_text"])
 ```
 
-Measured before the export, in float32:
+Measured before the export:
 
 {_measured(checkpoint_path, model)}"""
 
@@ -305,7 +307,9 @@ def export_checkpoints(home: str | Path, # a folder with checkpoints, of one sta
             model.vocabulary = vocabulary_hash(tok)
             parts.append(f"## {STAGES[name]}.safetensors\n\nMade by `{_COMMANDS[name]}`:\n\n{_measured(path, model)}")
             save_checkpoint(new / f"{STAGES[name]}.safetensors", _halved(model))
-            if config := _read_json(path.parent / "config.json") or _read_json(path.with_suffix(".json")):
+            config = _read_json(path.parent / "config.json") or _read_json(path.with_suffix(".json"))
+            begun_anew = read_log(path.parent / "train_log.jsonl") and not read_log(path.parent / "val_log.jsonl")     # those are the settings of a later run
+            if config.get("model") == asdict(model.cfg) and not begun_anew:
                 with write_atomically(new / f"{STAGES[name]}.json", "w") as file: json.dump(config, file, indent=1)
         save_tokenizer(tok, new / "tokenizer.json")
         with write_atomically(new / "README.md", "w") as file: file.write("\n".join(("# Checkpoints\n", *([note + "\n"] if note else []), *parts)))

@@ -55,12 +55,13 @@ def _check(lengths, room, new, temperature, penalty, top_k, *shares):
     if not lengths: raise UserError("There is no prompt: give at least one.")
     if not min(lengths): raise UserError("The prompt is empty: it needs at least one token, for instance [BOS].")
     if max(lengths) > room: raise UserError(f"The prompt has {max(lengths)} tokens and the model's context holds {room}: shorten it.")
-    if not (temperature == 0 or 0.001 <= temperature < torch.inf) or not 0 < penalty < torch.inf:
-        raise UserError("The temperature must be 0, or 0.001 and more, and the repetition penalty more than 0.")
+    if not (temperature == 0 or 0.001 <= temperature < torch.inf) or not 0.001 <= penalty < torch.inf:
+        raise UserError("The temperature must be 0, or 0.001 and more, and the repetition penalty 0.001 and more.")
     if min(new, top_k or 0) < 0 or not all(0 <= (share or 0) <= 1 for share in shares):
         raise UserError("max_new_tokens and top_k must be 0 or more, and top_p and min_p lie between 0 and 1.")
 
 def _random_numbers(count, seed, device): # a source for each row, so that a row draws what it would draw alone
+    if seed is not None and not abs(seed) < 2 ** 63 - count: raise UserError(f"seed={seed} has more than 63 bits: choose a smaller one.")
     sources = [torch.Generator(device) for _ in range(count)]
     for i, source in enumerate(sources): source.manual_seed(seed + i) if seed is not None else source.seed()
     return sources
@@ -87,11 +88,13 @@ def stream(model: NanoMoE,
            compiled: bool = False, # for one prompt: every step after it by `decode_step`, compiled
           ) -> Iterator[Tensor]: # (B,) the next token of every row: its prompt's own as long as it has one
     "Tokens as they are drawn. The generator returns the finish_reason of each row: \"stop\", \"length\" or \"context\"."
+    if isinstance(prompt_ids, Tensor) and prompt_ids.ndim != 2: raise UserError(f"Prompts come as (B, T), or as a list of (T,): this has the shape {tuple(prompt_ids.shape)}.")
     lengths, room = [len(row) for row in prompt_ids], model.cfg.max_seq_len
     _check(lengths, room, max_new_tokens, temperature, repetition_penalty, top_k, top_p, min_p)
     if compiled and not (use_cache and len(lengths) == 1): raise UserError("The compiled step is for one prompt and a cache: give one, or do not compile.")
     shortest, longest = min(lengths), max(lengths)
     prompts = nn.utils.rnn.pad_sequence(list(prompt_ids), batch_first=True)     # (B, longest)
+    if not 0 <= prompts.min() <= prompts.max() < model.cfg.vocab_size: raise UserError(f"A prompt holds the token {prompts.max()}, and the model knows {model.cfg.vocab_size}: use the tokenizer it was trained with.")
     sources, reasons, weight = _random_numbers(len(lengths), seed, prompts.device), ["length"] * len(lengths), model.embed.weight
     cache = KVCache(model.cfg, len(lengths), room if compiled else min(room, longest + max_new_tokens), weight.device, weight.dtype) if use_cache else None
     fresh = tokens = prompts[:, :shortest]

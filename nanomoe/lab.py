@@ -219,7 +219,7 @@ def lab_text(rows: list[dict]) -> str: # lines of equal width
 
 # %% ../nbs/04b_lab.ipynb #bcf3e847
 def lab_figure(rows: list[dict]): # -> matplotlib Figure
-    "Bits per byte, load, entropy and speed of every variant, side by side. Bands are as wide as the difference between two seeds."
+    "Bits per byte, load, entropy and speed of every variant, side by side. The band reaches as far to both sides as two seeds differ."
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
     colours = {"balance": PALETTE[0], "who decides": PALETTE[2], "less work": PALETTE[5]}

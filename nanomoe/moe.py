@@ -23,7 +23,7 @@ class Routing(NamedTuple):
     "What a router decided for N tokens."
     logits: Tensor  # (N, E) float32
     probs: Tensor   # (N, E) softmax over all experts
-    experts: Tensor # (N, K) the experts chosen, best first
+    experts: Tensor # (N, K) the experts chosen, the largest share first
     weights: Tensor # (N, K) their shares, summing to 1
 
 def route(logits: Tensor, # (N, E) the router's scores
@@ -34,6 +34,7 @@ def route(logits: Tensor, # (N, E) the router's scores
     logits = logits.float()
     probs = logits.softmax(-1)
     experts = (probs if bias is None else probs + bias).topk(top_k).indices
+    if bias is not None: experts = experts.gather(-1, probs.gather(-1, experts).argsort(-1, descending=True))   # the bias has no say in who is best
     chosen = probs.gather(-1, experts)
     return Routing(logits, probs, experts, chosen / chosen.sum(-1, keepdim=True))
 

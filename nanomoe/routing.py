@@ -66,6 +66,7 @@ def trace_stories(model: NanoMoE, tok: Tokenizer, texts: list[str],
                  ) -> tuple[Tensor, Trace, Tensor]: # (N,) tokens, their trace, and (N,) which text each is from
     "Trace every text by itself, as far as the context goes, and join the traces."
     rows = [encode_prompt(tok, text)[0, :model.cfg.max_seq_len] for text in texts]
+    if not rows: raise UserError("There is no text to trace: give at least one.")
     parts = zip(*(trace_routing(model, row) for row in rows))
     story = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(row) for row in rows]))
     return torch.cat(rows), Trace(*(torch.cat(part, dim=1) for part in parts)), story
@@ -137,7 +138,7 @@ def specialization(labels: Tensor, # (N,) the token, or the one before, or the t
                    shuffles: int = 20, seed: int = 0) -> Specialization:
     "Mutual information of label and expert, beside what shuffled labels give."
     generator = torch.Generator().manual_seed(seed)
-    places = torch.arange(len(labels)) if groups is None else groups
+    places = torch.arange(len(labels)) if groups is None else groups.unique(return_inverse=True)[1]    # numbered without gaps
     of_place = torch.zeros(int(places.max()) + 1, dtype=labels.dtype).scatter(0, places, labels)
     if not of_place[places].equal(labels):
         raise UserError("All tokens of a group need the same label: leave groups out if each token has its own.")

@@ -10,6 +10,7 @@ SPECIALS = ["[UNK]", "[PAD]", "[BOS]", "[EOS]"]
 UNK, PAD, BOS, EOS = 0, 1, 2, 3
 
 # %% ../nbs/00_tokenizer.ipynb #e2205484
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -44,10 +45,12 @@ def save_tokenizer(tok: Tokenizer, path: str | Path):
     with write_atomically(path, "w") as file:
         file.write(tok.to_str(pretty=True))
 
+_PLAIN = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    "Read a tokenizer that `save_tokenizer` wrote."
+    "Read a tokenizer that `save_tokenizer` wrote. What other programs add to one, a [BOS] before each text for instance, is dropped."
     try:
-        tok = Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
+        tok = Tokenizer.from_str(json.dumps(json.loads(Path(path).read_text(encoding="utf-8")) | _PLAIN))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"There is no tokenizer at {path}: run `nanomoe tokenizer` to make one.") from None
     except Exception as error:

@@ -280,7 +280,7 @@ def _begin(folder, model, cfg, optimizers, data, fresh, writes, nothing):
     elif best.is_file() and not Path(f"{last}.old").is_file() and not fresh:   # imported, for instance
         raise UserError(f"{best} was not trained here, or {last.name} beside it is missing, and cannot be gone on from: add --fresh to replace it, or use another --home.")
     if writes:
-        with write_atomically(folder / "config.json", "w") as file: json.dump({"model": asdict(model.cfg), "train": asdict(cfg)}, file, indent=2)
+        with write_atomically(folder / "config.json", "w") as file: json.dump({"model": asdict(model.cfg), "train": asdict(cfg), "data": data}, file, indent=2)
         if fresh and last.is_file():    # kept until the new run has saved, and under other names: killed before that, it would go on as the old one
             for path in (folder / name for name in _LAST if (folder / name).is_file()): os.replace(path, f"{path}.old")
     return start

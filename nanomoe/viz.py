@@ -184,7 +184,8 @@ def explore_text(model: NanoMoE, tok: Tokenizer, text: str = "Once upon a time")
 
     def write_on(_):
         more.disabled, more.description = True, "writing ..."
-        try: box.value = tell_story(model, tok, box.value, max_new_tokens=40, temperature=0.7, top_p=0.95)
+        room = model.cfg.max_seq_len - len(encode_prompt(tok, box.value)[0])
+        try: box.value = tell_story(model, tok, box.value, max_new_tokens=max(0, min(40, room)), temperature=0.7, top_p=0.95)
         except UserError as error: refuse(error)
         finally: more.disabled, more.description = False, "Write on"
 

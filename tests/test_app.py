@@ -288,6 +288,14 @@ def test_a_checkpoint_replaced_meanwhile_is_used_at_once(home):
     assert old != new and {old, new} <= set(shown(at))
 
 
+def test_tokens_of_another_tokenizer_are_not_shown(home):
+    "They would be another text."
+    at = ask(start(), "One day")
+    save_tokenizer(train_tokenizer((story.text for story in storybook(9, 200)), CFG.vocab_size), home / "tokenizer.json")
+    at.radio[0].set_value("Routing").run()
+    assert "The tokenizer is another one" in fine(at).warning[0].value and not at.dataframe
+
+
 def test_a_checkpoint_removed_meanwhile_is_one_sentence(home):
     at = ask(start(), "One day")
     app.checkpoint_path(home, "sft").unlink()

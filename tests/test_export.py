@@ -254,6 +254,35 @@ def test_a_run_that_has_given_no_weights_yet_is_not_on_the_card(tmp_path):
     assert "Training run" not in card_of(folder)
 
 
+def test_stories_that_came_later_are_not_on_the_card(tmp_path):
+    folder, *_ = make_home(tmp_path)
+    write_reports(folder)
+    meta = json.loads((folder / "data" / "shards" / "meta.json").read_text())
+    for data, known in ((sha256_of(json.dumps(meta, sort_keys=True)), True), ("0" * 64, False)):
+        (folder / "artifacts" / "pretraining" / "config.json").write_text(json.dumps({"data": data}))
+        assert ("Data" in card_of(folder)) == known
+
+
+def test_the_tokens_of_a_checkpoint_are_those_up_to_its_step(tmp_path):
+    folder, model, _ = make_home(tmp_path)
+    write_reports(folder)
+    (folder / "artifacts" / "pretraining" / "val_log.jsonl").write_text('{"step": 10, "bpb": 1.5}\n')
+    save_checkpoint(paths(folder)[0], model, step=10)
+    assert card_of(folder)["Training run"] == "3,000 tokens in 30 seconds"
+
+
+def test_the_settings_of_another_run_are_not_given_away(tmp_path):
+    folder, model, _ = make_home(tmp_path)
+    write_reports(folder)
+    artifacts, given = folder / "artifacts" / "pretraining", tmp_path / "given" / "pretraining.json"
+    (artifacts / "val_log.jsonl").write_text('{"step": 10, "bpb": 1.5}\n')
+    for config, log, theirs in (({"model": asdict(model.cfg)}, True, True), ({"model": asdict(replace(model.cfg, d_ff=8))}, True, False), ({"model": asdict(model.cfg)}, False, False)):
+        (artifacts / "config.json").write_text(json.dumps(config))
+        if not log: (artifacts / "val_log.jsonl").write_text("")
+        export_checkpoints(folder, tmp_path / "given")
+        assert given.is_file() == theirs
+
+
 KEPT = {"its protagonist", "all its phrases", "its length", "comes to an end"}
 DAMAGED = {"meta.json without splits": ("data/shards/meta.json", '{"source": "x"}', {"Data"}), "a list": ("data/shards/meta.json", "[1]", {"Data"}), "a number as source": ("data/shards/meta.json", '{"source": 1, "splits": {}}', {"Data"}),
            "words for numbers": ("data/shards/meta.json", '{"source": "x", "splits": {"train": {"stories": "many", "tokens": []}}}', {"Data"}),

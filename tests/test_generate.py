@@ -149,7 +149,12 @@ def test_prompts_that_cannot_be_gone_on_with_are_sentences(length):
     with pytest.raises(UserError, match=r"\.$"): generate(tiny(8), [] if length is None else [torch.ones(length, dtype=torch.long)], 4)
 
 
-@pytest.mark.parametrize("name, values", {"temperature": (-1, 1e-40, float("nan"), float("inf")), "repetition_penalty": (0, float("nan"), float("inf")), "top_k": (-1,),
+@pytest.mark.parametrize("prompts", [torch.tensor([2, 5]), torch.tensor([[[2]]]), torch.tensor([[2, 9_999]]), torch.tensor([[2, -1]])], ids=["no batch", "too deep", "beyond the vocabulary", "negative"])
+def test_prompts_that_are_none_are_sentences(prompts):
+    with pytest.raises(UserError, match=r"\.$"): generate(tiny(8), prompts, 4)
+
+
+@pytest.mark.parametrize("name, values", {"temperature": (-1, 1e-40, float("nan"), float("inf")), "repetition_penalty": (0, 1e-40, float("nan"), float("inf")), "seed": (2 ** 64, -2 ** 63), "top_k": (-1,),
                                           "top_p": (-0.1, 1.1, float("nan")), "min_p": (-0.1, 1.5), "max_new_tokens": (-1,)}.items())
 def test_mistakes_are_sentences(name, values):
     for value in values:

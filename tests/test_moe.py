@@ -69,14 +69,15 @@ def test_the_bias_changes_who_is_chosen_and_not_how_weights_are_made(shape, seed
     logits, bias = torch.randn(20, E), torch.randn(E)
     routing = route(logits, K, bias)
     chosen = (logits.softmax(-1) + bias).topk(K).indices
-    assert torch.equal(routing.experts, chosen)
-    torch.testing.assert_close(routing.weights, logits.gather(-1, chosen).softmax(-1))
+    assert torch.equal(routing.experts.sort().values, chosen.sort().values)
+    assert (routing.weights[:, :-1] >= routing.weights[:, 1:]).all()                    # the bias does not say who comes first
+    torch.testing.assert_close(routing.weights, logits.gather(-1, routing.experts).softmax(-1))
     torch.testing.assert_close(routing.probs, logits.softmax(-1))
 
 
 def test_a_large_bias_sends_everybody_to_one_expert():
     logits = torch.randn(50, 4)
-    assert (route(logits, 2, torch.tensor([0.0, 0.0, 9.0, 0.0])).experts[:, 0] == 2).all()
+    assert (route(logits, 2, torch.tensor([0.0, 0.0, 9.0, 0.0])).experts == 2).any(-1).all()
     assert len(route(logits, 1).experts.unique()) == 4
 
 

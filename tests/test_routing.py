@@ -57,6 +57,7 @@ def test_sums_of_a_trace_by_hand():
                          ids=["none", "a batch", "beyond the vocabulary", "negative", "beyond the context"])
 def test_what_cannot_be_traced_is_refused_in_a_sentence(tokens):
     with pytest.raises(UserError, match=r"\.$"): trace_routing(small(), tokens)
+    with pytest.raises(UserError, match="no text"): trace_stories(small(), None, [])
 
 
 def test_stories_are_traced_each_by_itself():
@@ -177,4 +178,5 @@ def test_labels_of_stories_are_shuffled_by_story():
     assert by_story.bits == by_token.bits
     assert by_token.bits > by_token.shuffled + 10 * by_token.spread     # wrong
     assert abs(by_story.bits - by_story.shuffled) < 3 * by_story.spread
+    assert specialization(theme, expert, 10 * story + 7) == by_story     # whatever the stories' numbers are
     with pytest.raises(UserError, match="same label"): specialization(torch.arange(4000), expert, story)

@@ -21,6 +21,18 @@ def tok():
     return train_tokenizer(CORPUS, 600)
 
 
+def test_what_other_programs_add_is_dropped(tok, tmp_path):
+    "An export puts [BOS] before each text, and looks for special tokens in it."
+    from tokenizers.processors import TemplateProcessing
+    theirs = train_tokenizer(CORPUS, 600)
+    theirs.add_special_tokens(SPECIALS)
+    theirs.post_processor = TemplateProcessing(single="[BOS] $A", special_tokens=[("[BOS]", BOS)])
+    assert theirs.encode("[EOS]").ids == [BOS, EOS]
+    theirs.save(str(tmp_path / "theirs.json"))
+    ours = load_tokenizer(tmp_path / "theirs.json")
+    assert tokenizer_hash(ours) == tokenizer_hash(tok) and ours.encode("[EOS]").ids == tok.encode("[EOS]").ids
+
+
 @pytest.fixture(scope="module")
 def bare():
     return train_tokenizer([], 260)
