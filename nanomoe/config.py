@@ -120,11 +120,9 @@ def _check(ok, sentence):
 
 def _divisors(n): return [d for d in range(1, min(n, 128) + 1) if n % d == 0]
 
-def _at_least(config, least, names):
-    for name in names.split(): _check(getattr(config, name, least) >= least, f"{name}={getattr(config, name, least)} must be at least {least}")
-
-def _at_most(config, most, names):
-    for name in names.split(): _check(getattr(config, name, most) <= most, f"{name} must be at most {most:g}")
+def _at_least(config, least, names, most=1e30): # more would overflow
+    for name, value in ((name, getattr(config, name, least)) for name in names.split()):
+        _check(least <= value <= most, f"{name} must be at most {most:g}" if value > most else f"{name}={value} must be at least {least}")
 
 def _check_model(cfg):
     _at_least(cfg, 1, "vocab_size d_model n_layers n_heads n_kv_heads d_ff num_experts top_k max_seq_len rope_theta")
@@ -140,18 +138,14 @@ def _check_model(cfg):
 
 # %% ../nbs/02_attention.ipynb #0aadbdf4
 def _check_training(cfg):
-    _at_least(cfg, 1, "stories val_stories tokenizer_stories tokens seq_len examples batch_size grad_accum evals log_every")
+    _at_least(cfg, 1, "stories val_stories tokenizer_stories tokens seq_len examples log_every")
+    _at_least(cfg, 1, "batch_size grad_accum evals", most=1e6)
     _at_least(cfg, 2, "val_examples")      # one for each kind of protagonist
     _at_least(cfg, 0, "lr muon_lr weight_decay min_lr grad_clip patience seed save_minutes epochs drills replay beta rpo_alpha")
-    _at_most(cfg, 1e15, "stories val_stories tokenizer_stories tokens seq_len examples val_examples patience")      # far beyond all sense, and still no overflow
-    _at_most(cfg, 1e6, "batch_size grad_accum evals log_every epochs")
-    _at_most(cfg, 1e30, "lr muon_lr min_lr")
     for name in ("warmup", "decay"): _check(0 <= getattr(cfg, name) <= 1, f"{name}={getattr(cfg, name)} is a share of the steps and lies between 0 and 1")
-    _check(0 <= getattr(cfg, "label_smoothing", 0) < 0.5, "label_smoothing must be at least 0 and less than 0.5, where a pair says nothing at all")
-    for name in ("beta1", "beta2"): _check(0 <= getattr(cfg, name) < 1, f"{name}={getattr(cfg, name)} must be at least 0 and less than 1")
+    for name, limit in (("beta1", 1), ("beta2", 1), ("label_smoothing", 0.5)): _check(0 <= getattr(cfg, name, 0) < limit, f"{name}={getattr(cfg, name, 0)} must be at least 0 and less than {limit}")
     _check(cfg.seed < 2 ** 63, f"seed={cfg.seed} has more than 63 bits; choose a smaller one")
-    _check(cfg.optimizer in ("adamw", "muon"), f'optimizer="{cfg.optimizer}" is unknown; choose "adamw" or "muon"')
-    _check(cfg.dtype in ("float32", "bfloat16"), f'dtype="{cfg.dtype}" is unknown; choose "float32" or "bfloat16"')
+    for name, known in (("optimizer", ("adamw", "muon")), ("dtype", ("float32", "bfloat16"))): _check(getattr(cfg, name) in known, f'{name}="{getattr(cfg, name)}" is unknown; choose "{known[0]}" or "{known[1]}"')
 
 # %% ../nbs/02_attention.ipynb #71bbf629
 class Preset(NamedTuple):
