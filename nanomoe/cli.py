@@ -324,11 +324,10 @@ def _scores_there(home, prompts):
     try:
         scores = json.loads((home / "reports" / "scorecard.json").read_bytes())
         judged = {stage: [score[slice][way] for slice in SLICES for way in ("greedy", "sampled")] for stage, score in scores.items()}
-        numbers = [score["bpb"] for score in scores.values()] + [found[name] for each in sum(judged.values(), []) for found in each.values() for name in ("mean", "low", "high")]
-        whole = all(isinstance(number, float) for number in numbers) and len({tuple(each) for each in sum(judged.values(), [])}) == 1     # nobody took anything out
-        theirs = {stage: (score["sha256"], {each["finished"]["n"] for each in judged[stage]}) for stage, score in scores.items()}
+        kinds = {tuple((metric, *found) for metric, found in each.items()) for each in sum(judged.values(), [])}    # more than one: somebody took something out
+        theirs = {stage: (score["sha256"], {each["finished"]["n"] for each in judged[stage]}) for stage, score in scores.items() if math.isfinite(score["bpb"])}
         ours = {stage: (sha256_of((home / "artifacts" / folder / "ckpt_best.pt").read_bytes()), {prompts // 2}) for stage, folder in STAGES.items()}
-        return scores if whole and theirs == ours else None
+        return scores if theirs == ours and len(kinds) == 1 else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError): return None
 
 

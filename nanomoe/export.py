@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'GGUF', 'take_apart', 'put_together', 'rename', 'rename_back', 'Family', 'family_of', 'hf_config',
-           'hf_tokenizer', 'tokenizer_from_hf', 'model_card', 'export_checkpoints', 'hf_tensors', 'export_hf',
-           'config_from_hf', 'import_hf', 'interleave', 'half_split', 'split_pairs', 'join_pairs', 'gguf_facts',
-           'export_gguf', 'read_gguf']
+           'hf_tokenizer', 'model_card', 'export_checkpoints', 'hf_tensors', 'export_hf', 'config_from_hf', 'import_hf',
+           'interleave', 'half_split', 'split_pairs', 'join_pairs', 'gguf_facts', 'export_gguf', 'read_gguf']
 
 # %% ../nbs/09_export.ipynb #99dbd053
 import importlib
@@ -29,9 +28,10 @@ from torch import Tensor
 
 from .checkpoint import check_tokenizer, load_checkpoint, load_model, save_checkpoint, vocabulary_hash
 from .config import ModelConfig
+from .data import shards_hash
 from .files import STAGES, UserError, find_checkpoints, sha256_of, write_atomically
 from .model import NanoMoE
-from .tokenizer import BOS, EOS, PAD, SPECIALS, UNK, load_tokenizer, save_tokenizer, tokenizer_hash
+from .tokenizer import BOS, EOS, PAD, SPECIALS, UNK, load_tokenizer, plain_tokenizer, save_tokenizer, tokenizer_hash
 from .train import read_log
 
 # %% ../nbs/09_export.ipynb #ec84183f
@@ -154,10 +154,6 @@ def hf_tokenizer(tok: Tokenizer, max_seq_len: int) -> dict[str, str]: # the two 
               "split_special_tokens": True, "clean_up_tokenization_spaces": False}
     return {"tokenizer.json": copy.to_str(pretty=True), "tokenizer_config.json": json.dumps(config, indent=2)}
 
-def tokenizer_from_hf(text: str) -> Tokenizer: # the contents of tokenizer.json
-    "The way back: what transformers added is dropped, so that text cannot write a special token."
-    return Tokenizer.from_str(json.dumps({**json.loads(text), "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}))
-
 # %% ../nbs/09_export.ipynb #e9c46800
 def _home_of(path): return path.parents[2] if path.parent.parent.name == "artifacts" else path.parent
 
@@ -178,13 +174,16 @@ def _scores(path): # of this very file on its home's scorecard, which may be abo
 def _data(path, step): # the stories
     meta = _read_json(_home_of(path) / "data" / "shards" / "meta.json")
     trained_on = _read_json(_home_of(path) / "artifacts" / "pretraining" / "config.json").get("data")
-    if trained_on not in (None, sha256_of(json.dumps(meta, sort_keys=True))): raise ValueError("the shards have been written anew since")
+    if trained_on not in (None, shards_hash(meta)): raise ValueError("the shards have been written anew since")
     name, train = Path(meta["source"].partition(",")[0]).name, meta["splits"]["train"]
     return f"{name + ': ' if name else ''}{train['stories']:,} stories, {train['tokens']:,} tokens"
 
+def _begun_anew(path): # a run that has not been evaluated has given no weights: these are of an earlier one
+    return read_log(path.parent / "train_log.jsonl") and not read_log(path.parent / "val_log.jsonl")
+
 def _training_run(path, step):
+    if _begun_anew(path): raise ValueError("the log is of a later run")
     rows = [row for row in read_log(path.parent / "train_log.jsonl") if step is None or row["step"] <= step]
-    read_log(path.parent / "val_log.jsonl")[-1]     # a run that has not been evaluated has given no weights: those are of an earlier one
     seconds = sum((row["tokens"] - before["tokens"]) / max(row["tokens_per_s"], 0.1) for before, row in zip([{"tokens": 0}, *rows], rows))
     return f"{rows[-1]['tokens']:,} tokens in {f'{seconds / 60:.1f} minutes' if seconds > 90 else f'{seconds:.0f} seconds'}"
 
@@ -308,8 +307,7 @@ def export_checkpoints(home: str | Path, # a folder with checkpoints, of one sta
             parts.append(f"## {STAGES[name]}.safetensors\n\nMade by `{_COMMANDS[name]}`:\n\n{_measured(path, model)}")
             save_checkpoint(new / f"{STAGES[name]}.safetensors", _halved(model))
             config = _read_json(path.parent / "config.json") or _read_json(path.with_suffix(".json"))
-            begun_anew = read_log(path.parent / "train_log.jsonl") and not read_log(path.parent / "val_log.jsonl")     # those are the settings of a later run
-            if config.get("model") == asdict(model.cfg) and not begun_anew:
+            if config.get("model") == asdict(model.cfg) and not _begun_anew(path):      # else those are the settings of a later run
                 with write_atomically(new / f"{STAGES[name]}.json", "w") as file: json.dump(config, file, indent=1)
         save_tokenizer(tok, new / "tokenizer.json")
         with write_atomically(new / "README.md", "w") as file: file.write("\n".join(("# Checkpoints\n", *([note + "\n"] if note else []), *parts)))
@@ -415,7 +413,7 @@ def import_hf(folder: str | Path, # holds config.json and model.safetensors, of 
     except (KeyError, RuntimeError) as error:
         raise UserError(f"The weights in {folder} do not fit its config.json ({str(error).splitlines()[-1].strip()}): export the model again.") from error
     stage = (config.get("nano_moe") or {}).get("stage")
-    if home is not None: _write_home(Path(home), stage if stage in tuple(STAGES) else "pretrain", model, _read(folder / "tokenizer.json", tokenizer_from_hf), folder)
+    if home is not None: _write_home(Path(home), stage if stage in tuple(STAGES) else "pretrain", model, _read(folder / "tokenizer.json", plain_tokenizer), folder)
     return model
 
 def _read(path, parse):

@@ -21,7 +21,7 @@ import torch
 
 from .checkpoint import vocabulary_hash
 from .config import ModelConfig, Preset, TrainConfig
-from .data import Batches, Shards, eval_windows, load_shards
+from .data import Batches, Shards, eval_windows, load_shards, shards_hash
 from .files import UserError, sha256_of, write_atomically
 from .model import NanoMoE
 from .style import PALETTE, style_axes
@@ -163,7 +163,7 @@ def train_variant(home: str | Path, # has tokenizer.json and data/shards; gets a
         model = NanoMoE(_shape(variant, shards)).to(device).train()
         model.vocabulary = vocabulary_hash(load_tokenizer(Path(home) / "tokenizer.json"))
         found = fit(model, cfg, Batches(shards.train, cfg.batch_size, cfg.seq_len, cfg.seed), NanoMoE.loss_and_routing,
-                    lambda model: examine(model, shards, cfg), folder, sha256_of(json.dumps(shards.meta, sort_keys=True)),
+                    lambda model: examine(model, shards, cfg), folder, shards_hash(shards.meta),
                     fresh=not (folder / "ckpt_last.pt").is_file())      # a result that was removed is trained for again
     row = {"group": variant.group, "variant": variant.name, "experts": variant.experts,
            "active": model.num_parameters(active=True), "total": model.num_parameters(), "tokens": cfg.steps * cfg.batch_size * cfg.grad_accum * cfg.seq_len,

@@ -30,8 +30,8 @@ from tqdm.auto import tqdm
 
 from .checkpoint import load_checkpoint, save_checkpoint, vocabulary_hash
 from .config import LoopConfig, Preset
-from .data import Batches, eval_windows, load_shards
-from .files import UserError, is_out_of_memory, sha256_of, write_atomically
+from .data import Batches, eval_windows, load_shards, shards_hash
+from .files import UserError, is_out_of_memory, write_atomically
 from .model import NanoMoE
 from .style import PALETTE, style_axes
 from .tokenizer import load_tokenizer
@@ -372,7 +372,7 @@ def pretrain(home: str | Path, # has tokenizer.json and data/shards; gets artifa
         model.vocabulary = vocabulary_hash(tok)
         if cfg.compile: model.hidden = torch.compile(model.hidden)
         return fit(model, cfg, Batches(shards.train, cfg.batch_size, cfg.seq_len, cfg.seed), NanoMoE.loss_and_routing, score,
-                   home / "artifacts" / "pretraining", sha256_of(json.dumps(shards.meta, sort_keys=True)), fresh, sample)
+                   home / "artifacts" / "pretraining", shards_hash(shards.meta), fresh, sample)
 
 # %% ../nbs/04_pretrain.ipynb #178b80a4
 @contextmanager

@@ -184,8 +184,10 @@ def explore_text(model: NanoMoE, tok: Tokenizer, text: str = "Once upon a time")
 
     def write_on(_):
         more.disabled, more.description = True, "writing ..."
-        room = model.cfg.max_seq_len - len(encode_prompt(tok, box.value)[0])
-        try: box.value = tell_story(model, tok, box.value, max_new_tokens=max(0, min(40, room)), temperature=0.7, top_p=0.95)
+        def room(text): return model.cfg.max_seq_len - len(encode_prompt(tok, text)[0])
+        try:
+            told = tell_story(model, tok, box.value, max_new_tokens=max(0, min(40, room(box.value))), temperature=0.7, top_p=0.95)
+            if room(told) >= 0: box.value = told    # what was drawn may be read back as more tokens
         except UserError as error: refuse(error)
         finally: more.disabled, more.description = False, "Write on"
 

@@ -84,8 +84,18 @@ def test_a_second_run_does_nothing_again(home):
     assert [path.stat().st_mtime_ns for path in files] == before
 
 
+def without(scores, *path):
+    "A scorecard from which somebody took something out."
+    scores = inner = json.loads(json.dumps(scores))
+    for name in path[:-1]: inner = inner[name]
+    del inner[path[-1]]
+    return scores
+
+
 @pytest.mark.parametrize("change", [lambda scores: {}, lambda scores: [scores], lambda scores: {**scores, "dpo": {**scores["dpo"], "sha256": "0" * 64}},
-                                    lambda scores: {name: score for name, score in scores.items() if name != "dpo"}])
+                                    lambda scores: {name: score for name, score in scores.items() if name != "dpo"},
+                                    lambda scores: without(scores, "dpo", "bpb"), lambda scores: without(scores, "sft", "seen", "greedy", "protagonist"),
+                                    lambda scores: without(scores, "base", "unseen", "sampled", "protagonist", "mean")])
 def test_a_scorecard_of_something_else_is_made_again(home, tmp_path, change):
     scores = json.loads((home / "reports/scorecard.json").read_text())
     shutil.copytree(home / "artifacts", tmp_path / "artifacts")
@@ -145,6 +155,35 @@ def test_a_home_inside_its_stories(tmp_path, monkeypatch, capsys):
     assert "Tokenizer and shards: there already, and right" in again and "Instructions and pairs: there already, and right" in again
     (tmp_path / "my-val.txt").write_text("Once there was a fox.")
     with pytest.raises(UserError, match="other stories"): run()
+
+
+def test_a_card_names_the_stories_until_others_are_written(home, tmp_path):
+    shutil.copytree(home, tmp_path / "copy")
+    def card():
+        assert nanomoe("export", "hf", tmp_path / "hf", "--home", tmp_path / "copy").returncode == 0
+        return (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
+    assert "| Data | storybook" in card()
+    assert nanomoe("prepare-data", "--home", tmp_path / "copy", *TINY[:2], *TINY[4:], "--seed", 9).returncode == 0
+    assert "| Data |" not in card()
+
+
+def test_a_finished_home_without_its_log_or_the_source_of_its_stories(home, tmp_path):
+    "Without the log there is no figure; without the source the shards are made again, or refused, in a sentence."
+    shutil.copytree(home, tmp_path / "copy")
+    (tmp_path / "copy/artifacts/pretraining/train_log.jsonl").unlink()
+    assert nanomoe("pretrain", "--home", tmp_path / "copy", *TINY).returncode == 0
+    meta = json.loads((home / "data/shards/meta.json").read_text())
+    del meta["source"]
+    (tmp_path / "copy/data/shards/meta.json").write_text(json.dumps(meta))
+    assert "meta.json is damaged" in refused("run", "--home", tmp_path / "copy", *TINY)
+
+
+@pytest.mark.parametrize("limit, counts", [(1, [1, 1, 1]), (4, [2, 1, 1]), (10, [5, 4, 1]), (99, [6, 4, 1])])
+def test_a_limit_is_shared_out_and_kept(limit, counts):
+    seeds = [type("Seed", (), {"split": split})() for split, n in (("train", 6), ("val_seen", 4), ("val", 1)) for _ in range(n)]
+    some = cli._some_of(seeds, limit)
+    assert [sum(seed.split == split for seed in some) for split in ("train", "val_seen", "val")] == counts
+    assert some == [seed for seed in seeds if seed in some] and some[0] is seeds[0]
 
 
 def test_instructions_of_another_command_are_kept(home, tmp_path):
@@ -291,11 +330,13 @@ def test_generate(home):
     assert first.returncode == 0 and first.stdout.startswith("Once upon a time") and first.stdout == second.stdout
 
 
-def test_an_instruction_is_asked_as_in_training(home):
+@pytest.mark.parametrize("asked", ["Tell a story about Lily.", ""])
+def test_an_instruction_is_asked_as_in_training(home, asked):
     model, tok = load_model(home / "artifacts/dpo/ckpt_best.pt"), load_tokenizer(home / "tokenizer.json")
-    ids = torch.tensor([prompt_ids(tok, "Tell a story about Lily.")])
-    told = nanomoe("generate", "Tell a story about Lily.", "--instruct", "--home", home, "--temperature", 0, "--max-new-tokens", 12)
-    assert told.stdout.rstrip("\n") == f"Tell a story about Lily.\n\n{tok.decode(generate(model, ids, 12, temperature=0, eos_id=EOS)[0, ids.shape[1]:].tolist())}".rstrip("\n"), told.stderr
+    ids = torch.tensor([prompt_ids(tok, asked)])
+    told = nanomoe("generate", asked, "--instruct", "--home", home, "--temperature", 0, "--max-new-tokens", 12)
+    between = "\n\n" if asked else ""
+    assert told.stdout.rstrip("\n") == f"{asked}{between}{tok.decode(generate(model, ids, 12, temperature=0, eos_id=EOS)[0, ids.shape[1]:].tolist())}".rstrip("\n"), told.stderr
 
 
 @pytest.mark.parametrize("end, says", [("stop", ""), ("length", "--max-new-tokens reached"), ("context", "the context is full")])

@@ -442,10 +442,10 @@ def test_the_reference_is_kept_on_disk_until_something_changes(home, monkeypatch
     assert with_reference(path, "a", model, pairs, 4) == first and len(calls) == 1
     with_reference(path, "b", model, pairs, 4)
     assert len(calls) == 2
-    for damage in (b"{", b"", b"\xff\xfe", path.read_bytes()[:-30]):
+    for damage in (b"{", b"", b"\xff\xfe", path.read_bytes()[:-30], b'{"key": "b", "logps": 5}', json.dumps({"key": "b", "logps": [1.0] * len(pairs)}).encode(), b"[]"):
         path.write_bytes(damage)
         assert with_reference(path, "b", model, pairs, 4) == first
-    assert len(calls) == 6
+    assert len(calls) == 9
 
 
 @pytest.mark.parametrize("content", ["[]", '{"key": "a", "logps": []}', '{"key": "a"}'])

@@ -182,8 +182,9 @@ def test_a_damaged_result_is_named(shards_home):
     variant = lab.router_variants(override(SMALL, ["seed=7"]))[0]
     lab.train_variant(shards_home, variant)
     (path,) = (path for path in shards_home.glob("artifacts/lab/*/config.json") if json.loads(path.read_text(encoding="utf-8"))["train"]["seed"] == 7)
-    path.with_name("result.json").write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match="result.json is damaged"): lab.train_variant(shards_home, variant)
+    for damage in ("{", "[]", "{}", '{"bpb": "low"}'):
+        path.with_name("result.json").write_text(damage, encoding="utf-8")
+        with pytest.raises(UserError, match="result.json is damaged"): lab.train_variant(shards_home, variant)
 
 
 def test_the_table_and_the_figure_have_every_row(shards_home):

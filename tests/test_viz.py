@@ -335,6 +335,15 @@ def test_a_text_under_your_hands():
     assert len(Page(words.value).tokens) == 1
 
 
+def test_writing_on_at_the_end_of_the_context_leaves_the_text():
+    (box, more), _, words, *_ = (getattr(child, "children", None) or child for child in viz.explore_text(MODEL, TOK, "the cat").children)
+    for _ in range(4):      # on and on, until nothing fits any more
+        more.click()
+        assert len(encode_prompt(TOK, box.value)[0]) <= MODEL.cfg.max_seq_len and Page(words.value).tokens and "shorten" not in words.value
+    box.value = "the cat sat " * 100
+    assert "shorten" in words.value     # it is too long for a look, and said to be
+
+
 TOO_LONG = "the cat sat " * 100
 
 
